@@ -1,0 +1,1 @@
+"""The run configurations (YAML) and, in published/, what can be loaded."""

@@ -1,0 +1,1 @@
+"""From hidden state to token."""

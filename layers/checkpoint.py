@@ -1,0 +1,118 @@
+"""Files of tensors: read without running code, written all or nothing.
+
+Reading: safetensors; or a torch file under `weights_only=True`, where every class outside torch's own short list becomes
+an inert record, and a function is refused by name. Writing: to a temporary file beside the target, flushed to the
+disk, then renamed, so a full disk or a kill leaves the previous file whole.
+"""
+
+import hashlib
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+
+DATA_MAKERS = ("numpy.", "_codecs.encode")  # functions by which pickles spell plain arrays: made inert like classes
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file that is missing, damaged, or holds something else than tensors."""
+
+
+def read_tensors(path: str | Path, nested: str | None = None) -> dict[str, Tensor]:
+    """All tensors of a file, on the CPU, by name.
+
+    nested: the key of a torch file under which the state dict lies ("model", "ema", ...); None for a flat one.
+    Raises CheckpointError for a missing, truncated or foreign file, for code in it, and for a `nested` it lacks.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint file")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
+    content = _load_torch_file(path)
+    if nested is not None:
+        if not isinstance(content, Mapping) or nested not in content:
+            keys = sorted(map(str, content))[:8] if isinstance(content, Mapping) else type(content).__name__
+            raise CheckpointError(f"{path}: has no entry {nested!r}; it holds {keys}")
+        content = content[nested]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        keys = sorted(map(str, content))[:8] if isinstance(content, Mapping) else type(content).__name__
+        raise CheckpointError(f"{path}: expected a flat dict of tensors, found {keys}; name the entry that holds them")
+    return dict(content)
+
+
+def _load_torch_file(path: Path) -> Any:
+    if not is_zipfile(path):  # every torch.save since 1.6 is a zip archive; its directory stands at the end
+        raise CheckpointError(f"{path}: not a whole torch file (truncated, or not a checkpoint); copy or download it again")
+    try:
+        foreign = get_unsafe_globals_in_checkpoint(path)
+        functions = [
+            name
+            for name in foreign
+            if not name.rsplit(".", 1)[-1].lstrip("_")[:1].isupper() and not name.startswith(DATA_MAKERS)
+        ]
+        if functions:
+            raise CheckpointError(
+                f"{path}: holds calls of {', '.join(functions)}, which is code, not data; refused. "
+                "Ask its author for a safetensors file, or for the state dict alone"
+            )
+        inert = [(type(name.rsplit(".", 1)[-1], (_Inert,), {}), name) for name in foreign]
+        with safe_globals(inert):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a readable torch checkpoint ({error}); copy or download it again") from error
+
+
+class _Inert:
+    """Stands for an object of a class that this reader does not construct: keeps what it was given, does nothing."""
+
+    def __new__(cls, *_: Any) -> "_Inert":
+        return super().__new__(cls)
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Run `write` on a temporary path beside `path`, then put the result in its place.
+
+    An error (a full disk, say) removes the temporary file and leaves an existing `path` as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(draft)
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file, written atomically. metadata: strings kept in its header."""
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, lambda draft: save_file(whole, draft, dict(metadata or {})))
+
+
+def checksum(path: str | Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
