@@ -1,13 +1,13 @@
 """Files of tensors: read without running code, written all or nothing.
 
-Reading: safetensors; or a torch file under `weights_only=True`, where every class outside torch's own short list becomes
-an inert record, and a function is refused by name. Writing: to a temporary file beside the target, flushed to the
-disk, then renamed, so a full disk or a kill leaves the previous file whole.
+Reading: safetensors; or a torch file under `weights_only=True`, where every class outside torch's own short list
+becomes an inert record, and a function is refused by name. Writing: to a temporary file beside the target, flushed to
+the disk, then renamed, so a full disk or a kill leaves the previous file whole.
 """
 
+import builtins
 import hashlib
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-
-DATA_MAKERS = ("numpy.", "_codecs.encode")  # functions by which pickles spell plain arrays: made inert like classes
+DATA_MAKERS = ("numpy.", "_codecs.encode", "collections.", "datetime.")  # lower-case names of data: inert like classes
 
 
 class CheckpointError(ValueError):
@@ -41,7 +40,9 @@ def read_tensors(path: str | Path, nested: str | None = None) -> dict[str, Tenso
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         except SafetensorError as error:
-            raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
+            raise CheckpointError(
+                f"{path}: not a whole safetensors file, copy or download it again ({error})"
+            ) from error
     content = _load_torch_file(path)
     if nested is not None:
         if not isinstance(content, Mapping) or nested not in content:
@@ -55,25 +56,43 @@ def read_tensors(path: str | Path, nested: str | None = None) -> dict[str, Tenso
 
 
 def _load_torch_file(path: Path) -> Any:
-    if not is_zipfile(path):  # every torch.save since 1.6 is a zip archive; its directory stands at the end
-        raise CheckpointError(f"{path}: not a whole torch file (truncated, or not a checkpoint); copy or download it again")
     try:
-        foreign = get_unsafe_globals_in_checkpoint(path)
-        functions = [
-            name
-            for name in foreign
-            if not name.rsplit(".", 1)[-1].lstrip("_")[:1].isupper() and not name.startswith(DATA_MAKERS)
-        ]
+        # torch.save has written zip archives since 1.6; an older file gets no stand-ins: tensors and containers only
+        foreign = get_unsafe_globals_in_checkpoint(path) if is_zipfile(path) else []
+        functions = [name for name in foreign if _is_function(name)]
         if functions:
             raise CheckpointError(
                 f"{path}: holds calls of {', '.join(functions)}, which is code, not data; refused. "
                 "Ask its author for a safetensors file, or for the state dict alone"
             )
-        inert = [(type(name.rsplit(".", 1)[-1], (_Inert,), {}), name) for name in foreign]
-        with safe_globals(inert):
+        with safe_globals([(_stand_in(name), name) for name in foreign]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a readable torch checkpoint ({error}); copy or download it again") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch's readers let whatever a damaged pickle raises through
+        raise CheckpointError(
+            f"{path}: not a whole torch checkpoint (truncated, or something else); copy or download it again "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _is_function(name: str) -> bool:
+    """Whether a pickle's global is to be refused: by its spelling, since nothing is imported to find out."""
+    module, _, last = name.rpartition(".")
+    if module == "builtins":
+        return not isinstance(getattr(builtins, last, None), type)
+    return not last.lstrip("_")[:1].isupper() and not name.startswith(DATA_MAKERS)
+
+
+def _stand_in(name: str) -> Callable[..., Any]:
+    """What is called in place of a foreign class. The entries of a defaultdict are set one by one, so it is a dict."""
+    if name == "collections.defaultdict":
+        return _plain_dict
+    return type(name.rpartition(".")[2], (_Inert,), {})
+
+
+def _plain_dict(*_: Any) -> dict[Any, Any]:
+    return {}
 
 
 class _Inert:

@@ -1,7 +1,7 @@
 """Declarative key maps: upstream tensors under our names, every key of both sides accounted for.
 
-A map is `{pattern: pattern | None | (pattern, transform)}`. `{name}` in a pattern stands for an index; None means the key
-is ignored, for the reason written beside it. A transform is a named function Tensor -> Tensor. Where several keys
+A map is `{pattern: pattern | None | (pattern, transform)}`. `{name}` in a pattern stands for an index; None means the
+key is ignored, for the reason written beside it. A transform is a named function Tensor -> Tensor. Where several keys
 become one tensor, `Join` names the parts in order.
 """
 
@@ -34,36 +34,48 @@ def translate(
 ) -> dict[str, Tensor]:
     """Upstream `state` under the names of `wanted` (a module's state_dict).
 
-    Raises CheckpointMismatch listing every key that is left over, missing, ambiguous or of a wrong shape.
+    Raises CheckpointMismatch listing every key that is left over, missing, ambiguous, mapped twice or of a wrong shape.
     """
     rules = [
         (re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(source))), target)
         for source, target in keys.items()
     ]
-    out: dict[str, Tensor] = {}
-    parts: dict[str, dict[int, Tensor]] = {}
+    found: dict[str, dict[int, Tensor]] = {}  # our key -> its parts
     sizes: dict[str, int] = {}
     faults = []
     for name, tensor in state.items():
+        shape = tuple(tensor.shape)
         hits = [(hit.groupdict(), target) for rule, target in rules if (hit := rule.fullmatch(name))]
         if len(hits) != 1:
-            shape = tuple(tensor.shape)
             faults.append(f"{name} {shape} fits {len(hits)} rules: map it once, or ignore it with a reason")
             continue
         indices, target = hits[0]
-        if isinstance(target, Join):
-            key = target.key.format(**indices)
-            parts.setdefault(key, {})[target.part] = tensor
-            sizes[key] = target.of
-        elif isinstance(target, tuple):
-            out[target[0].format(**indices)] = target[1](tensor)
-        elif target is not None:
-            out[target.format(**indices)] = tensor
-    for key, found in parts.items():
-        if len(found) == sizes[key]:
-            out[key] = torch.cat([found[part] for part in range(sizes[key])])
+        part, of = 0, 1
+        match target:
+            case None:
+                continue
+            case Join(key, part, of):
+                pass
+            case (key, transform):
+                try:
+                    tensor = transform(tensor)
+                except (RuntimeError, ValueError, IndexError) as error:
+                    faults.append(f"{name} {shape} does not go through its transform {transform}: {error}")
+                    continue
+            case key:
+                pass
+        key = key.format(**indices)
+        parts = found.setdefault(key, {})
+        if part in parts or sizes.setdefault(key, of) != of:
+            faults.append(f"{name} {shape} collides with another key that is mapped to {key}")
+        parts[part] = tensor
+    out = {}
+    for key, parts in found.items():
+        shapes = {part: tuple(tensor.shape) for part, tensor in sorted(parts.items())}
+        if list(shapes) == list(range(sizes[key])) and len({shape[1:] for shape in shapes.values()}) == 1:
+            out[key] = torch.cat([parts[part] for part in shapes]) if len(parts) > 1 else parts[0]
         else:
-            faults.append(f"{key} needs {sizes[key]} parts, the checkpoint has {sorted(found)}")
+            faults.append(f"{key} needs {sizes[key]} parts that fit together, the checkpoint has {shapes}")
     check_keys(out, wanted, faults)
     return out
 

@@ -48,7 +48,10 @@ class Noise:
             raise ValueError(f"Noise: seed is {self.seed}, must be in [0, 2^32)")
 
     def uniform(self, use: str, place: Tensor, part: int | Tensor = 0, size: tuple[int, ...] = ()) -> Tensor:
-        """place int64 (B, m) or (m,); part: a number, or int64 (B,) or (B, m) -> float64 (B, m, *size) in [0, 1), 53 bits."""
+        """Numbers of 53 random bits in [0, 1), float64 (B, m, *size).
+
+        place int64 (B, m) or (m,); part: a number, or int64 (B,) or (B, m). Both in [0, 2^32).
+        """
         flat = prod(size)
         blocks = (flat + 1) // 2  # a block of four words makes two numbers
         index = self.index[:, None, None]

@@ -1,4 +1,4 @@
-"""The handshake between the rooms: how tokens lie (layout), what they are (TokenSpec), what they are about (Condition)."""
+"""The handshake between the rooms: how tokens lie (layout), what they are (TokenSpec), what they show (Condition)."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from layers.record import look_up
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class TokenSpec:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "TokenSpec":
         ((name, arguments),) = record["layout"].items()
-        return cls(**{**record, "layout": LAYOUTS[name](**arguments)})
+        return cls(**{**record, "layout": look_up(name, LAYOUTS, "layout")(**arguments)})
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,9 @@ class Condition:
 
     def null(self) -> "Condition":
         """The same rows with the condition dropped: the second branch of guidance."""
+        rows = self.rows
         some = next(iter(self.fields().values()))
-        return replace(self, keep=torch.zeros(self.rows, dtype=torch.bool, device=some.device))
+        return replace(self, keep=torch.zeros(rows, dtype=torch.bool, device=some.device))
 
     def select(self, rows: Tensor | slice) -> "Condition":
         return Condition(**{name: value[rows] for name, value in self.fields().items()})
@@ -135,8 +138,10 @@ class Condition:
 def stack(branches: "list[Condition] | tuple[Condition, ...]") -> Condition:
     """R conditions of B rows -> one of R * B rows, branch by branch: the order (R, B) of guidance.
 
-    `keep` may be given in some branches only (missing means kept). Raises ValueError where other fields differ.
+    `keep` may be given in some branches only (missing means kept). Raises ValueError where other fields differ, or B.
     """
+    if len({branch.rows for branch in branches}) != 1:
+        raise ValueError(f"stack: the branches need one batch size, got {[branch.rows for branch in branches]}")
     given = [set(branch.fields()) - {"keep"} for branch in branches]
     if any(fields != given[0] for fields in given):
         raise ValueError(f"stack: the branches carry different fields: {[sorted(fields) for fields in given]}")
@@ -144,8 +149,10 @@ def stack(branches: "list[Condition] | tuple[Condition, ...]") -> Condition:
     if any(branch.keep is not None for branch in branches):
         some = next(iter(joined.values()), None)
         device = branches[0].keep.device if some is None else some.device
-        joined["keep"] = torch.cat([
-            torch.ones(branch.rows, dtype=torch.bool, device=device) if branch.keep is None else branch.keep
-            for branch in branches
-        ])
+        joined["keep"] = torch.cat(
+            [
+                torch.ones(branch.rows, dtype=torch.bool, device=device) if branch.keep is None else branch.keep
+                for branch in branches
+            ]
+        )
     return Condition(**joined)

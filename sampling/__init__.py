@@ -1,1 +1,1 @@
-"""sampling"""
+"""Decoding: guidance, token filters, the loop."""

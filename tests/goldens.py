@@ -1,12 +1,15 @@
 """Numeric cases: a folder `<family>/<case>/` of case.json, io.safetensors and (often) weights.safetensors."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -59,3 +62,10 @@ def find_cases(root: Path) -> list[Path]:
     if not found:
         raise FileNotFoundError(f"{root}: holds no <family>/<case>/case.json")
     return found
+
+
+def implemented_families() -> list[str]:
+    """The families that docs/systems.md calls implemented: the first column of its table of that name."""
+    text = (ROOT / "docs/systems.md").read_text()
+    section = re.search(r"^## Implemented$(.*?)(?=^## |\Z)", text, re.M | re.S)
+    return re.findall(r"^\| `([\w-]+)` \|", section.group(1) if section else "", re.M)

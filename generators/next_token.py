@@ -1,0 +1,315 @@
+"""Next-token prediction in raster order: the LlamaGen transformer, conditioned by prefix tokens.
+
+Source: "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation" (Sun et al. 2024, arXiv:2406.06525).
+A Llama decoder (RMSNorm, SwiGLU, no biases, 2-D rotary) reads [condition][tokens]; a class is one condition token, a
+caption up to 120. The rotary table is zero at the condition slots (cos = sin = 0): what follows sees them with logit 0.
+
+Letters: R branches of guidance, B samples, b rows (R * B), T condition slots, L tokens, l new positions, D width.
+
+Decoding keeps, in the state, a static cache of T + L slots a layer. Slot T - 1 + j holds the j-th committed token (j from
+1); exactly one input is always still to be fed: the newest committed token, or the condition when there is none yet. So
+`step` is one forward over that input, `score` one over it and a draft, and rejected slots are simply written again.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from timm.layers import DropPath, GluMlp
+from torch import Tensor, nn
+
+from generators.protocol import Generator, Prediction, State
+from heads.categorical import Categorical
+from heads.protocol import Head
+from layers.attention import Attention, KVCache, causal_mask
+from layers.condition import LabelEmbedding, TextEmbedding, check_labels
+from layers.keymap import Join, translate
+from layers.noise import Noise
+from layers.rotary import layout_places, rotary_table, with_zero_slots
+from layers.spec import Condition, Grid, TokenSpec, stack
+
+SPAN = 64  # attention reads the cache in multiples of this many slots: few shapes to compile, little waste
+
+
+class Block(nn.Module):
+    """h = x + Attention(RMS(x)); out = h + SwiGLU(RMS(h))."""
+
+    def __init__(
+        self, dim: int, heads: int, kv_heads: int | None, hidden: int, eps: float, dropout: float, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim, eps)
+        self.attention = Attention(dim, heads, kv_heads)
+        self.mlp_norm = nn.RMSNorm(dim, eps)
+        self.mlp = GluMlp(dim, 2 * hidden, act_layer=nn.SiLU, bias=False, gate_last=False)
+        self.drop = nn.Sequential(nn.Dropout(dropout), DropPath(drop_path))
+
+    def forward(self, x: Tensor, **attend: Any) -> Tensor:
+        h = x + self.drop(self.attention(self.attention_norm(x), **attend))
+        return h + self.drop(self.mlp(self.mlp_norm(h)))
+
+
+class Trunk(nn.Module):
+    """All blocks and the last norm. This is the part that `torch.compile` is for: `generator.trunk.compile()`."""
+
+    def __init__(self, blocks: list[Block], dim: int, eps: float) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.RMSNorm(dim, eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        caches: Sequence[KVCache] | None = None,
+        slots: Tensor | None = None,
+        span: int | None = None,
+    ) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            cache = None if caches is None else caches[i]
+            x = block(x, rotary=rotary, mask=mask, causal=causal, cache=cache, slots=slots, span=span)
+        return self.norm(x)
+
+
+@dataclass
+class NextTokenState(State):
+    """prefix (b, T, D): the embedded condition; readable bool (b, T + L), False at padded text slots, or None;
+    reach: no row has more committed tokens than this (a number on the host); prefilled: the condition is in the cache."""
+
+    prefix: Tensor = None
+    readable: Tensor | None = None
+    caches: Sequence[KVCache] = ()
+    reach: int = 0
+    prefilled: bool = False
+
+
+class NextToken(Generator):
+    """Causal transformer over the tokens of `spec`, in layout order.
+
+    num_classes or text_dim (with text_slots) says what it is conditioned by. mlp_hidden None: 8/3 dim, rounded up to 256.
+    dropout falls on both residual branches, token_dropout on the embedded sequence, condition_drop is the share of
+    conditions replaced by the null one in `loss`, in training mode. Raises ValueError for a spec it cannot serve.
+    """
+
+    def __init__(
+        self,
+        spec: TokenSpec,
+        dim: int,
+        depth: int,
+        heads: int,
+        num_classes: int | None = None,
+        text_dim: int | None = None,
+        text_slots: int = 120,
+        head: Callable[[int, TokenSpec], Head] = Categorical,
+        kv_heads: int | None = None,
+        mlp_hidden: int | None = None,
+        theta: float = 10_000.0,
+        norm_eps: float = 1e-5,
+        dropout: float = 0.1,
+        token_dropout: float = 0.1,
+        drop_path: float = 0.0,
+        condition_drop: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if (num_classes is None) == (text_dim is None):
+            raise ValueError(f"NextToken: give num_classes or text_dim: got {num_classes} and {text_dim}")
+        if spec.vocab_size is None:
+            raise ValueError(f"NextToken predicts discrete tokens, the tokenizer makes continuous ones: {spec}")
+        self.spec, self.condition_drop = spec, condition_drop
+        if num_classes is not None:
+            self.condition = LabelEmbedding(num_classes, dim)
+        else:
+            self.condition = TextEmbedding(text_dim, text_slots, dim)
+        self.embed = nn.Embedding(spec.vocab_size, dim)
+        self.token_drop = nn.Dropout(token_dropout)
+        hidden = mlp_hidden or round_up(8 * dim // 3, 256)
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        self.trunk = Trunk([Block(dim, heads, kv_heads, hidden, norm_eps, dropout, p) for p in rates], dim, norm_eps)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        self.head = head(dim, spec)
+        table = rotary_table(layout_places(spec.layout), dim // heads, theta)
+        self.register_buffer("rotary", with_zero_slots(table, self.condition.slots)[None], persistent=False)
+
+    # ---- teacher forcing
+
+    def hidden(self, tokens: Tensor, condition: Condition) -> Tensor:
+        """tokens (B, L) -> (B, L, D): row i has seen the condition and the tokens before i."""
+        prefix = self.condition(condition)
+        x = self.token_drop(torch.cat((prefix, self.embed(tokens[:, :-1])), dim=1))
+        readable = self._readable(condition, x.shape[1])
+        mask = None if readable is None else self._mask(torch.arange(x.shape[1], device=x.device)[None], readable)
+        x = self.trunk(x, self.rotary[:, : x.shape[1]], mask=mask, causal=mask is None)
+        return x[:, self.condition.slots - 1 :]
+
+    def logits(self, tokens: Tensor, condition: Condition) -> Tensor:
+        """tokens (B, L) -> (B, L, V): row i is the law of token i."""
+        return self.head.logits(self.hidden(tokens, condition))
+
+    def loss(
+        self, tokens: Tensor, condition: Condition, keep: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross-entropy in nats a token. keep bool (B,): where False the null condition is put; drawn when None."""
+        if keep is None and self.training and self.condition_drop:
+            keep = torch.rand(len(tokens), device=tokens.device) >= self.condition_drop
+        if keep is not None:
+            condition = Condition(**{**condition.fields(), "keep": keep})
+        loss = self.head.loss(self.hidden(tokens, condition), tokens).mean()
+        return loss, {"cross_entropy": loss.detach()}
+
+    # ---- decoding
+
+    def begin(
+        self,
+        branches: Sequence[Condition],
+        noise: Noise,
+        *,
+        fixed: tuple[Tensor, Tensor] | None = None,
+        length: int | None = None,
+    ) -> NextTokenState:
+        """Raises ValueError for a class id out of range, or a length outside [1, L]."""
+        rows, device = branches[0].rows, self.embed.weight.device
+        length = self.spec.length if length is None else length
+        if not 1 <= length <= self.spec.length:
+            raise ValueError(f"length is {length}, this generator makes 1 to {self.spec.length} tokens")
+        if isinstance(self.condition, LabelEmbedding) and branches[0].label is not None:
+            check_labels(branches[0].label, self.condition.num_classes)
+        joined = stack(list(branches))
+        prefix = self.condition(joined)
+        slots = self.condition.slots + length
+        first = self.trunk.blocks[0].attention
+        return NextTokenState(
+            tokens=torch.zeros(rows, self.spec.length, dtype=torch.int64, device=device),
+            known=torch.zeros(rows, self.spec.length, dtype=torch.bool, device=device),
+            length=torch.zeros(rows, dtype=torch.int64, device=device),
+            rounds=length,
+            fixed=fixed,
+            prefix=prefix,
+            readable=self._readable(joined, slots),
+            caches=[
+                KVCache.allocate(len(prefix), slots, first.kv_heads, first.head_dim, prefix) for _ in self.trunk.blocks
+            ],
+        )
+
+    def step(self, state: NextTokenState, ahead: int | None = None) -> Prediction:
+        """The law of the next token of every row. Raises ValueError for `ahead`: this order has no blind positions."""
+        if ahead is not None:
+            raise ValueError("NextToken predicts one token a step; to test a draft ask `score`")
+        return self.score(state, state.tokens[:, :0])
+
+    def score(self, state: NextTokenState, draft: Tensor) -> Prediction:
+        """draft (B, n) of the next n tokens -> the n + 1 laws: of each given those before it, and of the one after."""
+        condition_slots, total = self.condition.slots, state.rounds
+        branches = len(state.prefix) // len(state.tokens)
+        offset = torch.arange(draft.shape[1] + 1, device=draft.device)
+        newest = state.tokens.gather(1, (state.length - 1).clamp_min(0)[:, None])
+        x = repeat(self.embed(torch.cat((newest, draft), dim=1)), "B l d -> (R B) l d", R=branches)
+        slots = repeat(condition_slots - 1 + state.length[:, None] + offset, "B l -> (R B) l", R=branches)
+        if state.prefilled:
+            empty = repeat(state.length == 0, "B -> (R B) 1 1", R=branches)  # after a rewind to the start
+            x = torch.cat((torch.where(empty, state.prefix[:, -1:], x[:, :1]), x[:, 1:]), dim=1)
+        else:
+            x = torch.cat((state.prefix, x[:, 1:]), dim=1)
+            slots = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        slots = slots.clamp_max(condition_slots + total - 1)  # a finished row idles in the last slot
+        span = min(round_up(condition_slots + state.reach + draft.shape[1], SPAN), condition_slots + total)
+        mask = self._mask(slots, state.readable, span)
+        z = self.trunk(x, self.rotary[0][slots], mask=mask, caches=state.caches, slots=slots, span=span)
+        z = rearrange(z[:, -len(offset) :], "(R B) l d -> R B l d", R=branches)
+        state.nfe += 1
+        positions = (state.length[:, None] + offset).clamp_max(total - 1)
+        return Prediction(self.head, z, positions, positions, total, keep=1)
+
+    def commit(self, state: NextTokenState, positions: Tensor, tokens: Tensor, keep: Tensor | None = None) -> None:
+        """positions must continue each row; keep (B, m) True on a prefix of them."""
+        if keep is None:
+            keep = torch.ones_like(positions, dtype=torch.bool)
+        state.tokens.scatter_(1, positions, torch.where(keep, tokens, state.tokens.gather(1, positions)))
+        state.known.scatter_(1, positions, keep | state.known.gather(1, positions))
+        state.length = state.length + keep.sum(1)
+        state.reach = min(state.reach + positions.shape[1], state.rounds)
+        state.round += 1
+        state.prefilled = True
+
+    def rewind(self, state: NextTokenState, length: Tensor) -> None:
+        """Forget all but the first length[b] tokens of row b, int64 (B,)."""
+        state.length = torch.minimum(state.length, length)
+        state.known = torch.arange(self.spec.length, device=length.device) < state.length[:, None]
+        state.tokens = torch.where(state.known, state.tokens, 0)
+
+    def _readable(self, condition: Condition, slots: int) -> Tensor | None:
+        if condition.text_mask is None:
+            return None
+        rest = condition.text_mask.new_ones(condition.rows, slots - self.condition.slots)
+        return torch.cat((condition.text_mask, rest), dim=1)
+
+    def _mask(self, slots: Tensor, readable: Tensor | None, span: int | None = None) -> Tensor:
+        """Each query sees the readable slots up to its own, and always itself: (b, 1, l, span)."""
+        mask = causal_mask(slots, span or slots.shape[1])
+        if readable is not None:
+            own = torch.arange(mask.shape[-1], device=slots.device) == slots[..., None]
+            mask = mask & readable[:, None, : mask.shape[-1]] | own
+        return mask[:, None]
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+# ---- published weights
+
+LLAMAGEN_KEYS = {  # theirs -> ours; None: ignored, for the reason beside it
+    "cls_embedding.embedding_table.weight": "condition.table.weight",
+    "cls_embedding.cap_proj.fc1.weight": "condition.mlp.fc1.weight",
+    "cls_embedding.cap_proj.fc2.weight": "condition.mlp.fc2.weight",
+    "tok_embeddings.weight": "embed.weight",
+    "layers.{i}.attention.wqkv.weight": "trunk.blocks.{i}.attention.qkv.weight",
+    "layers.{i}.attention.wo.weight": "trunk.blocks.{i}.attention.out.weight",
+    "layers.{i}.feed_forward.w1.weight": Join("trunk.blocks.{i}.mlp.fc1.weight", 0, 2),
+    "layers.{i}.feed_forward.w3.weight": Join("trunk.blocks.{i}.mlp.fc1.weight", 1, 2),
+    "layers.{i}.feed_forward.w2.weight": "trunk.blocks.{i}.mlp.fc2.weight",
+    "layers.{i}.attention_norm.weight": "trunk.blocks.{i}.attention_norm.weight",
+    "layers.{i}.ffn_norm.weight": "trunk.blocks.{i}.mlp_norm.weight",
+    "norm.weight": "trunk.norm.weight",
+    "output.weight": "head.readout.weight",
+    "freqs_cis": None,  # the rotary table, recomputed from the layout
+}
+
+
+def llamagen_from_published(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> NextToken:
+    """A class- or text-conditional LlamaGen generator under the constructor arguments of the original configuration."""
+    side, dim = int(config.get("block_size", 256) ** 0.5), config["dim"]
+    pixels = side * config.get("downsample", 16)
+    vocab_size = config.get("vocab_size", 16384)
+    hidden = int((config.get("ffn_dim_multiplier") or 1) * int(2 * 4 * dim / 3))
+    captions = config.get("model_type", "c2i") == "t2i"
+    slots = config.get("cls_token_num", 120 if captions else 1)
+    model = NextToken(
+        TokenSpec(Grid(1, side, side), decoded=(1, pixels, pixels), vocab_size=vocab_size),
+        dim=dim,
+        depth=config["n_layer"],
+        heads=config["n_head"],
+        num_classes=None if captions else config.get("num_classes", 1000),
+        text_dim=config.get("caption_dim", 2048) if captions else None,
+        text_slots=slots,
+        kv_heads=config.get("n_kv_head"),
+        mlp_hidden=round_up(hidden, config.get("multiple_of", 256)),
+        theta=config.get("rope_base", 10_000.0),
+        norm_eps=config.get("norm_eps", 1e-5),
+        dropout=config.get("resid_dropout_p", 0.1),
+        token_dropout=config.get("token_dropout_p", 0.1),
+        drop_path=config.get("drop_path_rate", 0.0),
+        condition_drop=config.get("class_dropout_prob", 0.1),
+    )
+
+    def first_rows(null: Tensor) -> Tensor:  # the file keeps 120 rows whatever the number of condition slots
+        return null[:slots]
+
+    keys = {**LLAMAGEN_KEYS, "cls_embedding.uncond_embedding": ("condition.null", first_rows)}
+    model.load_state_dict(translate(state, keys, model.state_dict()))
+    return model.eval()
