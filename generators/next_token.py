@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from einops import rearrange, repeat
 from timm.layers import DropPath, GluMlp
 from torch import Tensor, nn
@@ -282,34 +283,38 @@ LLAMAGEN_KEYS = {  # theirs -> ours; None: ignored, for the reason beside it
 
 
 def llamagen_from_published(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> NextToken:
-    """A class- or text-conditional LlamaGen generator under the constructor arguments of the original configuration."""
+    """A class- or text-conditional LlamaGen generator under the constructor arguments of the original configuration.
+
+    In float32; it takes the tensors of `state` as they are, without a copy, where they are float32 already.
+    """
     side, dim = int(config.get("block_size", 256) ** 0.5), config["dim"]
     pixels = side * config.get("downsample", 16)
     vocab_size = config.get("vocab_size", 16384)
     hidden = int((config.get("ffn_dim_multiplier") or 1) * int(2 * 4 * dim / 3))
     captions = config.get("model_type", "c2i") == "t2i"
     slots = config.get("cls_token_num", 120 if captions else 1)
-    model = NextToken(
-        TokenSpec(Grid(1, side, side), decoded=(1, pixels, pixels), vocab_size=vocab_size),
-        dim=dim,
-        depth=config["n_layer"],
-        heads=config["n_head"],
-        num_classes=None if captions else config.get("num_classes", 1000),
-        text_dim=config.get("caption_dim", 2048) if captions else None,
-        text_slots=slots,
-        kv_heads=config.get("n_kv_head"),
-        mlp_hidden=round_up(hidden, config.get("multiple_of", 256)),
-        theta=config.get("rope_base", 10_000.0),
-        norm_eps=config.get("norm_eps", 1e-5),
-        dropout=config.get("resid_dropout_p", 0.1),
-        token_dropout=config.get("token_dropout_p", 0.1),
-        drop_path=config.get("drop_path_rate", 0.0),
-        condition_drop=config.get("class_dropout_prob", 0.1),
-    )
+    with init_empty_weights(include_buffers=False):  # no memory and no time for weights that are replaced at once
+        model = NextToken(
+            TokenSpec(Grid(1, side, side), decoded=(1, pixels, pixels), vocab_size=vocab_size),
+            dim=dim,
+            depth=config["n_layer"],
+            heads=config["n_head"],
+            num_classes=None if captions else config.get("num_classes", 1000),
+            text_dim=config.get("caption_dim", 2048) if captions else None,
+            text_slots=slots,
+            kv_heads=config.get("n_kv_head"),
+            mlp_hidden=round_up(hidden, config.get("multiple_of", 256)),
+            theta=config.get("rope_base", 10_000.0),
+            norm_eps=config.get("norm_eps", 1e-5),
+            dropout=config.get("resid_dropout_p", 0.1),
+            token_dropout=config.get("token_dropout_p", 0.1),
+            drop_path=config.get("drop_path_rate", 0.0),
+            condition_drop=config.get("class_dropout_prob", 0.1),
+        )
 
     def first_rows(null: Tensor) -> Tensor:  # the file keeps 120 rows whatever the number of condition slots
         return null[:slots]
 
     keys = {**LLAMAGEN_KEYS, "cls_embedding.uncond_embedding": ("condition.null", first_rows)}
-    model.load_state_dict(translate(state, keys, model.state_dict()))
-    return model.eval()
+    model.load_state_dict(translate(state, keys, model.state_dict()), assign=True)
+    return model.float().eval()

@@ -41,7 +41,7 @@ PROBE = 256  # steps in which a schedule that guides at all is seen to
 
 
 def mix(cond: Tensor, uncond: Tensor, scale: float | Tensor, rule: str = "standard") -> Tensor:
-    """cond, uncond (B, m, ...) -> (B, m, ...) in their dtype. scale: a number, or a tensor over their first axes, (B, m).
+    """cond, uncond (B, m, ...) -> the same, in their dtype. scale: a number, or a tensor over their first axes, (B, m).
 
     Raises UnknownName (a ValueError) for a rule outside RULES.
     """

@@ -5,6 +5,7 @@ position): whatever the batch, the token of a sample is the same as long as its 
 """
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,6 +23,12 @@ def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
     cdf = probs.cumsum(-1)
     aim = u[..., None] * cdf[..., -1:]
     return torch.searchsorted(cdf, aim, right=True).squeeze(-1).clamp_max(probs.shape[-1] - 1)
+
+
+@lru_cache(maxsize=64)
+def _scales(guidance: Guidance, total: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The schedule as a tensor on the device: copied there once, not at every step."""
+    return guidance.scales(total).to(device, dtype)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Sampler:
         """rows (R, B, m, ...) -> (B, m, ...): the scale of each position follows its place on the schedule."""
         if len(rows) == 1:
             return rows[0]
-        scales = self.guidance.scales(prediction.total).to(rows.device, rows.dtype)[prediction.index]
+        scales = _scales(self.guidance, prediction.total, rows.device, rows.dtype)[prediction.index]
         return mix(rows[0], rows[1], scales, self.guidance.rule)
 
     def law(self, logits: Tensor) -> Tensor:

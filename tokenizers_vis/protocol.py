@@ -17,6 +17,11 @@ class Tokenizer(nn.Module, ABC):
     spec: TokenSpec
     prefixes: tuple[int, ...]
 
+    @property
+    def last_layer(self) -> Tensor | None:
+        """The weight at which an adaptive adversarial loss compares gradients (the decoder's last); None: none such."""
+        return None
+
     @abstractmethod
     def encode(self, images: Tensor, *, noise: Tensor | None = None) -> Tensor:
         """-> tokens (B, L). noise None: deterministic (argmax code, posterior mode)."""

@@ -1,0 +1,42 @@
+"""Files: results are written all or nothing, weights are known by their checksum."""
+
+import hashlib
+import json
+import os
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Put `content` under `path`, by way of a draft beside it. An error leaves an existing file as it was, and no draft."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Plain values as standard JSON; numbers that JSON lacks become the strings "inf", "-inf" and "nan"."""
+    write_whole(path, (json.dumps(_standard(content), indent=1, allow_nan=False) + "\n").encode())
+
+
+def sha256_of(path: str | Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _standard(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _standard(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_standard(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not isfinite(value) else value

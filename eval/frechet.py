@@ -1,0 +1,122 @@
+"""The Fréchet distance between two Gaussians, and the statistics it needs, gathered batch by batch.
+
+Source: Dowson and Landau 1982; as a score of image generators Heusel et al. 2017 (TTUR, arXiv:1706.08500).
+
+    |mean_a - mean_b|^2 + tr A + tr B - 2 tr (A B)^(1/2)
+
+The last trace is the sum of the singular values of F'G, where A = F F' and B = G G'. Taking it there, and not from the
+eigenvalues of the product A B, keeps the rounding noise of null directions at its own size: through the product it
+becomes its square root, and scores of few samples come out too low.
+
+Axes: n pictures, d features.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FULL_RANK = 1e-8  # least Cholesky pivot, relative to the greatest variance, at which eigenvalues of a product are precise
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """mean (d,) and cov (d, d), float64, with divisor n - 1. rows (n, d), where n <= d: rows' rows is cov exactly."""
+
+    mean: Tensor
+    cov: Tensor
+    rows: Tensor | None = None
+
+
+class FeatureStatistics:
+    """Running sums of features: count, total (d,) and outer (d, d) in float64, so memory is O(d^2) for any n.
+
+    Sums of several processes are added up with `merge`, or by all-reducing the three. The rows themselves are kept only
+    while there are at most d of them, which costs no more and gives rank-deficient covariances an exact factor.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self.total = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self.rows: list[Tensor] | None = []
+
+    def update(self, features: Tensor) -> None:
+        """features (B, d), any float dtype and device. Raises ValueError for another shape, and for NaN or infinity."""
+        dim = len(self.total)
+        if features.ndim != 2 or features.shape[1] != dim:
+            raise ValueError(f"FeatureStatistics: made for features (B, {dim}), got {tuple(features.shape)}")
+        rows = features.to(self.total)
+        broken = ~rows.isfinite().all(1)
+        if broken.any():
+            number = self.count + int(broken.nonzero()[0])
+            raise ValueError(f"FeatureStatistics: the features of picture {number} are NaN or infinite")
+        self.total += rows.sum(0)
+        self.outer += rows.T @ rows
+        self._keep(len(rows), [rows])
+
+    def merge(self, other: "FeatureStatistics") -> None:
+        """Add what another has gathered. Raises ValueError where the widths differ."""
+        if len(other.total) != len(self.total):
+            raise ValueError(f"FeatureStatistics: {len(self.total)} features here, {len(other.total)} in the other")
+        self.total += other.total.to(self.total)
+        self.outer += other.outer.to(self.outer)
+        self._keep(other.count, other.rows)
+
+    def mean(self) -> Tensor:
+        """(d,). Raises ValueError before the first picture."""
+        if self.count < 1:
+            raise ValueError("FeatureStatistics: no features yet, so no mean")
+        return self.total / self.count
+
+    def cov(self) -> Tensor:
+        """(d, d), divisor n - 1. Raises ValueError for fewer than two pictures."""
+        if self.count < 2:
+            raise ValueError(f"FeatureStatistics: a covariance needs at least 2 pictures, got {self.count}")
+        mean = self.mean()
+        return (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
+
+    def gaussian(self) -> Gaussian:
+        """What `frechet_distance` compares. Raises ValueError for fewer than two pictures."""
+        if self.rows is None or self.count < 2:
+            return Gaussian(self.mean(), self.cov())
+        mean = self.mean()
+        rows = (torch.cat(self.rows) - mean) / (self.count - 1) ** 0.5
+        return Gaussian(mean, rows.T @ rows, rows)
+
+    def _keep(self, count: int, rows: list[Tensor] | None) -> None:
+        self.count += count
+        if self.rows is not None and rows is not None and self.count <= len(self.total):
+            self.rows += [part.to(self.total) for part in rows]
+        else:
+            self.rows = None
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """The squared distance, raw: rounding may leave a few 1e-13 of the traces below zero, and nothing is clamped.
+
+    Both of full rank: the spectrum of F'B F with the Cholesky factor F of A. Otherwise singular values of F'G, with the
+    centred rows as factors where they are given, else factors by eigenvectors. Raises ValueError for unequal widths.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"frechet_distance: {len(a.mean)} features on one side, {len(b.mean)} on the other")
+    (factor_a, full_a), (factor_b, full_b) = _factor(a), _factor(b)
+    if full_a and full_b:
+        roots = torch.linalg.eigvalsh(factor_a.T @ b.cov @ factor_a).clamp_min(0).sqrt()
+    else:
+        roots = torch.linalg.svdvals(factor_a.T @ factor_b)
+    shift = (a.mean - b.mean).square().sum()
+    return float(shift + a.cov.trace() + b.cov.trace() - 2 * roots.sum())
+
+
+def _factor(gaussian: Gaussian) -> tuple[Tensor, bool]:
+    """F (d, r) with F F' = cov, and whether cov is well within full rank."""
+    if gaussian.rows is not None:
+        return gaussian.rows.T, False
+    cov = gaussian.cov
+    lower, failed = torch.linalg.cholesky_ex(cov)
+    if not failed and lower.diagonal().min() ** 2 > FULL_RANK * cov.diagonal().max():
+        return lower, True
+    values, vectors = torch.linalg.eigh(cov)
+    kept = values > len(cov) * torch.finfo(cov.dtype).eps * values[-1]
+    return vectors[:, kept] * values[kept].sqrt(), False

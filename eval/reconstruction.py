@@ -1,0 +1,86 @@
+"""How well pictures come back from a tokenizer: PSNR and SSIM on uint8 pictures.
+
+Both sides are brought to uint8 by the same stated rule before they are compared. PSNR = 10 log10(255^2 / MSE), the MSE
+over the pixels and channels of one picture. SSIM (Wang et al. 2004): Gaussian window of 11 pixels with sigma 1.5,
+K1 0.01, K2 0.03, range 255, mean over the places where the window fits and over channels.
+"""
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from eval.pictures import PictureError, PixelDigest
+from eval.pixels import UINT8_RULES, to_uint8
+from eval.provenance import Computation, Origin, Provenance, Score, library_versions
+
+PSNR = "10 log10(255^2 / MSE) in dB, MSE of each picture, mean over pictures"
+PSNR_OF_MEAN = "10 log10(255^2 / MSE) in dB of the mean MSE of all pictures"
+SSIM = "Gaussian window 11, sigma 1.5, K1 0.01, K2 0.03, range 255, mean over pictures"
+
+
+def mse(pictures: Tensor, reference: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) twice -> float64 (B,), in squared grey levels."""
+    return (pictures.double() - reference.double()).square().mean((1, 2, 3))
+
+
+def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) twice -> float64 (B,) in dB; infinite for equal pictures."""
+    return _decibel(mse(pictures, reference))
+
+
+def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) twice -> float64 (B,), at most 1. Raises ValueError for pictures the window does not fit in."""
+    if min(pictures.shape[-2:]) < 11:
+        raise ValueError(f"ssim: pictures must be at least 11x11, got {tuple(pictures.shape[-2:])}")
+    return structural_similarity_index_measure(
+        pictures.double(), reference.double(), data_range=255.0, reduction="none"
+    )
+
+
+class ReconstructionScorer:
+    """Gathers batches of reconstructions beside their originals.
+
+    reconstructions, originals: names for the record. rule: a key of UINT8_RULES.
+    """
+
+    def __init__(self, reconstructions: str, originals: str, rule: str = "trunc_128") -> None:
+        self.rule = rule
+        self._made, self._real = PixelDigest(reconstructions), PixelDigest(originals)
+        self._mse: list[Tensor] = []
+        self._ssim: list[Tensor] = []
+
+    def update(self, images: Tensor, reference: Tensor) -> None:
+        """float (B, 3, H, W) in [-1, 1] twice. Raises PictureError where their shapes differ."""
+        if images.shape != reference.shape:
+            raise PictureError(
+                f"{self._made.name}: reconstructions {tuple(images.shape)} of originals {tuple(reference.shape)}"
+            )
+        made, real = to_uint8(images, self.rule), to_uint8(reference, self.rule)
+        self._made.update(made)
+        self._real.update(real)
+        self._mse.append(mse(made, real).cpu())
+        self._ssim.append(ssim(made, real).cpu())
+
+    def scores(self, checkpoint: object, data: dict[str, object], batch_size: int, device: str) -> list[Score]:
+        """PSNR both ways and SSIM. checkpoint, data: what the tokenizer and the data set say of themselves.
+
+        Raises PictureError before the first batch.
+        """
+        rule = UINT8_RULES[self.rule]
+        made = self._made.record(Origin.of_reconstructions(rule, checkpoint))
+        real = self._real.record(Origin.of_data(rule, data))
+        errors = torch.cat(self._mse)
+        values = {
+            ("psnr_db", PSNR): _decibel(errors).mean(),
+            ("psnr_of_mean_mse_db", PSNR_OF_MEAN): _decibel(errors.mean()),
+            ("ssim", SSIM): torch.cat(self._ssim).mean(),
+        }
+        computation = Computation(device, "float64", batch_size, library_versions())
+        return [
+            Score(name, float(value), Provenance(definition, None, made, real, computation))
+            for (name, definition), value in values.items()
+        ]
+
+
+def _decibel(errors: Tensor) -> Tensor:
+    return 10 * torch.log10(255.0**2 / errors)

@@ -1,0 +1,155 @@
+"""Measure our half of docs/benchmarks.md: decoding and tokenizing speed at published sizes, with random weights.
+
+    python scripts/benchmark.py sampling --size b --batch-size 4 --scale 4 --top-k 2000 --threads 2
+    python scripts/benchmark.py tokenizer --channels 128 --image-size 256
+
+Seconds of the wall clock and of processor time, the median of --repeats after a warm-up; and the conditions, as JSON.
+"""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+from jsonargparse import auto_cli
+
+from generators.next_token import NextToken
+from layers.noise import Noise
+from layers.packed import pack_linears
+from layers.spec import Condition, Grid, TokenSpec
+from sampling.decode import generate
+from sampling.filters import Filter
+from sampling.guidance import Guidance
+from sampling.sampler import Sampler
+from tokenizers_vis.quantizers import VectorQuantizer
+from tokenizers_vis.vq import VQTokenizer
+
+SIZES = {"b": (12, 768, 12), "l": (24, 1024, 16), "xl": (36, 1280, 20), "xxl": (48, 1536, 24), "3b": (24, 3200, 32)}
+
+
+def sampling(
+    size: str = "b",
+    grid: int = 16,
+    batch_size: int = 4,
+    scale: float = 4.0,
+    top_k: int = 2000,
+    greedy: bool = False,
+    packed: bool = True,
+    compile: bool = False,
+    dtype: str = "float32",
+    threads: int = 1,
+    repeats: int = 3,
+    device: str = "cpu",
+) -> None:
+    """Next-token decoding of `batch_size` pictures of grid x grid tokens, without the tokenizer.
+
+    Args:
+        size: LlamaGen size: b, l, xl, xxl or 3b.
+        packed: weights laid out for few rows (CPU, float32).
+        compile: torch.compile the transformer.
+    """
+    torch.set_num_threads(threads)
+    depth, dim, heads = SIZES[size]
+    spec = TokenSpec(Grid(1, grid, grid), (1, 16 * grid, 16 * grid), vocab_size=16384)
+    model = NextToken(spec, dim, depth, heads, num_classes=1000).eval().to(device, getattr(torch, dtype))
+    torch.nn.init.normal_(model.head.readout.weight, std=0.1)
+    if packed:
+        pack_linears(model)
+    if compile:
+        model.trunk.compile(dynamic=False)
+    condition = Condition(label=torch.arange(batch_size, device=device))
+    sampler = Sampler(Filter(top_k=top_k), Guidance(scale=scale), greedy)
+    noise = Noise(0, torch.arange(batch_size, device=device))
+    marks = []
+
+    def work() -> None:
+        marks.clear()
+        generate(model, condition, sampler, noise, preview=lambda state: marks.append(time.perf_counter()))
+
+    wall, processor = timed(work, repeats, device)
+    half = len(marks) // 2
+    quarter = len(marks) // 4
+    report(
+        {
+            "what": f"sampling, next token, size {size}, {grid}x{grid} tokens",
+            "batch_size": batch_size,
+            "scale": scale,
+            "top_k": top_k,
+            "greedy": greedy,
+            "packed": packed,
+            "compile": compile,
+            "dtype": dtype,
+            "seconds_a_batch": wall,
+            "processor_seconds_a_batch": processor,
+            "images_per_second": batch_size / wall,
+            "tokens_per_second": batch_size * spec.length / wall,
+            "ms_a_token_second_quarter": 1000 * (marks[half] - marks[quarter]) / (half - quarter),
+            "ms_a_token_last_quarter": 1000 * (marks[-1] - marks[-1 - quarter]) / quarter,
+        },
+        threads,
+        device,
+    )
+
+
+def tokenizer(
+    channels: int = 128,
+    image_size: int = 256,
+    batch_size: int = 1,
+    threads: int = 1,
+    repeats: int = 3,
+    device: str = "cpu",
+) -> None:
+    """Encoding and decoding with the LlamaGen VQ-16 network."""
+    torch.set_num_threads(threads)
+    quantizer = VectorQuantizer(dim=8, vocab_size=16384, normalize=True)
+    model = VQTokenizer(image_size, quantizer, channels=channels).eval().to(device)
+    images = torch.rand(batch_size, 3, image_size, image_size, device=device) * 2 - 1
+    with torch.inference_mode():
+        tokens = model.encode(images)
+        encode, _ = timed(lambda: model.encode(images), repeats, device)
+        decode, _ = timed(lambda: model.decode(tokens), repeats, device)
+    report(
+        {
+            "what": f"VQ-16 tokenizer, {channels} channels, {image_size}x{image_size}",
+            "batch_size": batch_size,
+            "encode_images_per_second": batch_size / encode,
+            "decode_images_per_second": batch_size / decode,
+        },
+        threads,
+        device,
+    )
+
+
+def timed(work: Callable[[], None], repeats: int, device: str) -> tuple[float, float]:
+    """Median seconds of the wall clock and of processor time, after one run to warm up."""
+    walls, processors = [], []
+    for run in range(repeats + 1):
+        wall, processor = time.perf_counter(), time.process_time()
+        work()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        if run:
+            walls.append(time.perf_counter() - wall)
+            processors.append(time.process_time() - processor)
+    return statistics.median(walls), statistics.median(processors)
+
+
+def report(figures: dict[str, object], threads: int, device: str) -> None:
+    """Figures and conditions, one line of JSON a field."""
+    conditions = {
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine(),
+        "threads": threads,
+        "cores": psutil.cpu_count(logical=False),
+        "load_average": round(psutil.getloadavg()[0], 2),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in figures.items()}
+    print(json.dumps({**rounded, **conditions}, indent=1))
+
+
+if __name__ == "__main__":
+    auto_cli([sampling, tokenizer], as_positional=False)

@@ -1,0 +1,82 @@
+"""scripts/cache_tokens.py from the command line: killed, and begun again on two processes."""
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+
+from data.errors import DataError
+from data.loader import evaluation_batches
+from data.sets import open_set
+from data.token_cache import TokenCache
+from layers.record import build
+from tests.goldens import ROOT
+from training.run import CLASSES, RunFolder, load_run
+
+RECORD = {
+    "class_path": "VQTokenizer",
+    "init_args": {
+        "image_size": 16,
+        "quantizer": {"class_path": "VectorQuantizer", "init_args": {"vocab_size": 64, "dim": 4}},
+        "channels": 8,
+        "encoder_mult": [1, 2],
+        "groups": 4,
+        "z_channels": 8,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a small tokenizer with random weights."""
+    folder = RunFolder(
+        tmp_path_factory.mktemp("run"), "tokenizer", RECORD, open_set("digits", split="val").describe(), 0
+    )
+    torch.manual_seed(0)
+    tokenizer = build(RECORD, CLASSES)
+    folder.begin()
+    folder.export(tokenizer.state_dict(), tokenizer.spec, step=1)
+    return folder.path
+
+
+def command(run: Path, out: Path, batch_size: int) -> list[str]:
+    options = ["--tokenizer-run", run, "--data", "emoji32", "--split", "val", "--out", out, "--batch-size", batch_size]
+    return [str(word) for word in ("scripts/cache_tokens.py", *options)]
+
+
+def on_two_processes() -> list[str]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    return [*launch, "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
+
+
+def test_a_killed_cache_goes_on_and_holds_what_the_tokenizer_says(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen([sys.executable, *command(run, out, batch_size=1)], cwd=ROOT, env=environment)
+    while not (out / "done.npy").exists() or not np.load(out / "done.npy").any():
+        assert first.poll() is None, "the script ended before it wrote anything"
+        time.sleep(0.01)
+    first.kill()
+    first.wait()
+    sha256 = load_run(run).tokenizer_sha256
+    with pytest.raises(DataError, match=r"unfinished, \d+ of 190"):
+        TokenCache(out, sha256)
+    subprocess.run([*on_two_processes(), *command(run, out, batch_size=8)], cwd=ROOT, env=environment, check=True)
+    cache, tokenizer = TokenCache(out, sha256), load_run(run).tokenizer
+    pictures = open_set("emoji32", split="val", size=16, transform="center_flip")
+    with torch.inference_mode():
+        for batch in evaluation_batches(pictures, 8):
+            ids = tokenizer.encode(batch["image"].flatten(0, 1))
+            wanted = rearrange(ids, "(b a) l -> b a l", a=2)
+            assert np.array_equal(np.load(out / "codes.npy", mmap_mode="r")[batch["index"]], wanted)
+    assert cache.header.tokenizer.record == RECORD and cache.header.transform == "center_flip"
+    assert np.array_equal(cache.labels, pictures.labels)

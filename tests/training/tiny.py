@@ -1,0 +1,149 @@
+"""A tokenizer, a generator and pictures so small that a whole run takes a second; and runs in processes of their own."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from data.loader import batches
+from generators.protocol import Generator
+from layers.record import build
+from tokenizers_vis.protocol import Tokenizer
+from training.generator_loop import train_generator
+from training.loop import Stream, TrainOptions
+from training.losses import TokenizerObjective
+from training.run import CLASSES, RunFolder, claim, load_run
+from training.tokenizer_loop import train_tokenizer
+
+TOKENIZER = {
+    "class_path": "VQTokenizer",
+    "init_args": {
+        "image_size": 8,
+        "quantizer": {"class_path": "EMAVectorQuantizer", "init_args": {"vocab_size": 8, "dim": 4}},
+        "channels": 4,
+        "encoder_mult": [1, 2],
+        "groups": 2,
+        "z_channels": 4,
+        "res_blocks": 1,
+        "dropout": 0.2,
+    },
+}
+GENERATOR = {
+    "class_path": "NextToken",
+    "init_args": {"dim": 16, "depth": 1, "heads": 2, "num_classes": 3, "condition_drop": 0.5, "dropout": 0.2},
+}
+ADVERSARIAL = {
+    "l2": 1.0,
+    "adversarial": 0.5,
+    "adversarial_start": 3,
+    "adaptive_weight": True,
+    "discriminator_width": 4,
+    "discriminator_layers": 1,
+    "terms": {"commitment": 0.25},
+}
+QUICK = {"lr": 1e-2, "ema_decay": 0.9, "trackers": (), "log_every": 1, "save_every": 4, "sample_every": 5}
+
+
+class Pictures:
+    """24 pictures (3, 8, 8) of 3 classes; training samples are shaken by their own random numbers."""
+
+    labels = np.arange(24) % 3
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.sample(index, np.random.default_rng(0))
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        clean = np.random.default_rng(index).uniform(-1, 1, (3, 8, 8))
+        image = torch.from_numpy((clean + rng.normal(0, 0.05, clean.shape)).clip(-1, 1)).float()
+        return {"image": image, "label": torch.tensor(int(self.labels[index])), "index": index}
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "tiny", "count": len(self), "classes": ["a", "b", "c"]}
+
+
+def stream(batch_size: int = 4) -> Stream:
+    return partial(batches, Pictures(), batch_size, 0)
+
+
+def held_out() -> list[dict[str, Tensor]]:
+    return [next(stream()(start_step=100, rank=0, world=1))]
+
+
+def make_tokenizer(seed: int = 0, **changed: Any) -> Tokenizer:
+    torch.manual_seed(seed)
+    return build({**TOKENIZER, "init_args": {**TOKENIZER["init_args"], **changed}}, CLASSES)
+
+
+def run_tokenizer(out: Path, steps: int = 10, resume: bool = True, **options: Any) -> None:
+    """Train the tiny tokenizer with an adversary, or go on with it."""
+    torch.set_num_threads(1)
+    claim(out, {"train": {"lr": QUICK["lr"]}}, resume)
+    folder = RunFolder(out, "tokenizer", TOKENIZER, Pictures().describe(), seed=0)
+    folder.begin()
+    made = TrainOptions(steps=steps, **{**QUICK, **options})
+    torch.manual_seed(0)
+    tokenizer, objective = build(TOKENIZER, CLASSES), TokenizerObjective(**ADVERSARIAL)
+    train_tokenizer(tokenizer, objective, stream(), made, folder, held_out=held_out())
+
+
+def random_rows(generator: Generator) -> list[Tensor]:
+    """Stands for sampling: draws from the global random state, as a careless callback would."""
+    return list(torch.rand(2, 2, 3, 8, 8))
+
+
+def run_generator(out: Path, tokenizer_run: Path, steps: int = 10, resume: bool = True, **options: Any) -> None:
+    """Train the tiny generator, or go on with it."""
+    torch.set_num_threads(1)
+    source = load_run(tokenizer_run)
+    claim(out, {"train": {"lr": QUICK["lr"]}}, resume)
+    folder = RunFolder(out, "generator", GENERATOR, Pictures().describe(), 0, source)
+    folder.begin()
+    made = TrainOptions(steps=steps, **{**QUICK, **options})
+    torch.manual_seed(0)
+    generator = build(GENERATOR, CLASSES, spec=source.tokenizer.spec)
+    train_generator(generator, source.tokenizer, stream(), made, folder, held_out=held_out(), sample=random_rows)
+
+
+def journal(out: Path) -> list[dict[str, float]]:
+    """log.jsonl without what the clock says."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+def processes() -> ForkServerContext:
+    """Processes that begin with everything imported, forked from one in which torch has not run yet."""
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.tiny"])
+    return context
+
+
+def die_at_call(number: int, work: Callable[..., None], *arguments: Any) -> None:
+    """Run `work`, and SIGKILL this process when it flushes, renames or removes for the `number`-th time."""
+    left = iter(range(number))
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def instead(*given: Any, **named: Any) -> Any:
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*given, **named)
+
+        return instead
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("fsync", "rename", "replace", "rmdir", "unlink", "mkdir"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        work(*arguments)

@@ -1,0 +1,139 @@
+"""From a configuration to a finished run: what the training scripts do, and what anything else may do with a dict."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from data.loader import Samples, batches
+from data.sets import PictureSet, open_set
+from data.token_cache import TokenCache
+from generators.protocol import Generator
+from layers.noise import Noise
+from layers.record import build
+from layers.spec import Condition
+from sampling.decode import generate
+from sampling.filters import Filter
+from sampling.guidance import Guidance
+from sampling.sampler import Sampler
+from tokenizers_vis.protocol import Tokenizer
+from training.generator_loop import Sample, train_generator
+from training.loop import Batch, Stream, TrainOptions
+from training.losses import TokenizerObjective
+from training.options import Config
+from training.run import CLASSES, RunError, RunFolder, claim, load_run
+from training.tokenizer_loop import train_tokenizer
+
+GRID_CLASSES, GRID_EACH = 10, 8  # of a sample grid: at most so many rows, a class each, of so many pictures
+LOADING = ("batch_size", "balanced", "workers", "held_out")  # keys of the section `data` that are not open_set's
+
+
+def tokenizer_job(config: Config) -> bool:
+    """Train what a configuration of `options.tokenizer_parser` describes; False where it was finished before."""
+    options = TrainOptions(**config["train"])
+    pictures = _pictures(config["data"], split="train")
+    set_seed(config["seed"])
+    tokenizer = build(config["tokenizer"], CLASSES)
+    objective = TokenizerObjective(**config["objective"])
+    folder = RunFolder(Path(config["out"]), "tokenizer", config["tokenizer"], pictures.describe(), config["seed"])
+    if not _begin(folder, config, options):
+        return False
+    held_out = _held_out(config["data"], classes=pictures.classes)
+    train_tokenizer(tokenizer, objective, _stream(config, pictures), options, folder, held_out=held_out)
+    return True
+
+
+def generator_job(config: Config) -> bool:
+    """Train what a configuration of `options.generator_parser` describes; False where it was finished before."""
+    options = TrainOptions(**config["train"])
+    source = load_run(config["tokenizer_run"])
+    spec = source.tokenizer.spec
+    data = {**config["data"], "size": spec.decoded[1]}
+    if config["token_cache"] is None:
+        lessons = _pictures(data, split="train")
+    else:
+        lessons = TokenCache(config["token_cache"], source.tokenizer_sha256)
+    record = with_classes(config["generator"], len(lessons.classes))
+    set_seed(config["seed"])
+    generator = build(record, CLASSES, spec=spec)
+    folder = RunFolder(Path(config["out"]), "generator", record, lessons.describe(), config["seed"], source)
+    if not _begin(folder, config, options):
+        return False
+    train_generator(
+        generator,
+        source.tokenizer,
+        _stream(config, lessons),
+        options,
+        folder,
+        held_out=_held_out(data, classes=lessons.classes),
+        sample=class_grid(source.tokenizer, config["sampler"], len(lessons.classes), config["seed"]),
+    )
+    return True
+
+
+def with_classes(record: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The record of a generator with the number of its classes: as many as the data set has, unless text conditions it.
+
+    Raises RunError for another number.
+    """
+    arguments = dict(record["init_args"])
+    if "num_classes" in arguments and arguments.get("text_dim") is None:
+        if arguments["num_classes"] not in (None, count):
+            raise RunError(
+                f"generator: num_classes is {arguments['num_classes']}, the data set has {count} classes; leave it out"
+            )
+        arguments["num_classes"] = count
+    return {**record, "init_args": arguments}
+
+
+def class_grid(tokenizer: Tokenizer, sampler: Mapping[str, Any], classes: int, seed: int) -> Sample:
+    """From a generator to rows of samples, a class each: the samples 0, 1, ... of `seed`. sampler: plain values."""
+    made = Sampler(Filter(**sampler["filter"]), Guidance(**sampler["guidance"]), sampler["greedy"])
+
+    @torch.no_grad()
+    def sample(generator: Generator) -> Sequence[Tensor]:
+        device = next(generator.parameters()).device
+        label = torch.arange(min(classes, GRID_CLASSES), device=device).repeat_interleave(GRID_EACH)
+        noise = Noise(seed, torch.arange(len(label), device=device))
+        tokens = generate(generator, Condition(label=label), made, noise).tokens
+        return tokenizer.decode(tokens).split(GRID_EACH)
+
+    return sample
+
+
+def _begin(folder: RunFolder, config: Config, options: TrainOptions) -> bool:
+    """Claim the folder, once for all processes; whether anything is left to do."""
+    processes = PartialState()
+    if processes.is_main_process:
+        claim(folder.path, config, config["resume"])
+        folder.begin()
+    processes.wait_for_everyone()
+    return not folder.finished(options.steps)
+
+
+def _pictures(data: Mapping[str, Any], split: str, **more: Any) -> PictureSet:
+    return open_set(**{name: value for name, value in data.items() if name not in LOADING}, split=split, **more)
+
+
+def _stream(config: Config, lessons: Samples) -> Stream:
+    data = config["data"]
+    return partial(
+        batches, lessons, data["batch_size"], config["seed"], workers=data["workers"], balanced=data["balanced"]
+    )
+
+
+def _held_out(data: Mapping[str, Any], classes: Sequence[str]) -> list[Batch]:
+    """A few batches of split val, this process's own, the same ones throughout."""
+    if not data["held_out"]:
+        return []
+    processes = PartialState()
+    pictures = _pictures({**data, "flip": False}, split="val", classes=classes)
+    size = min(data["batch_size"], len(pictures) // processes.num_processes)
+    rank, world = processes.process_index, processes.num_processes
+    return list(islice(batches(pictures, size, seed=0, rank=rank, world=world), data["held_out"]))

@@ -1,0 +1,271 @@
+"""Published checkpoints: which there are, where they come from, and how one is loaded.
+
+`configs/published/<family>.yaml` describes them, a row each. A file is taken from the disk or from the Hugging Face hub,
+its tensors are read without running code, and every key is accounted for (layers/keymap.py).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from importlib.resources import files
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+import yaml
+from huggingface_hub import constants, hf_hub_download
+from torch import Tensor, nn
+
+import generators
+import tokenizers_vis
+from generators.protocol import Generator
+from layers.checkpoint import CheckpointError, checksum, read_tensors
+from layers.keymap import CheckpointMismatch
+from layers.record import look_up
+from tokenizers_vis.protocol import Tokenizer
+
+FROM_PUBLISHED = {"tokenizer": tokenizers_vis.from_published, "generator": generators.from_published}
+
+
+class PublishedError(ValueError):
+    """A published file that is not at hand, or is another one; the message says where to get it and how to name it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of configs/published.
+
+    file, nested: the file in the repository `hub`, and the entry of it that holds the tensors (None: flat). config: the
+    original constructor arguments. parameters: millions, as published. sha256: None where not known. ignored: pattern
+    of keys no model needs -> reason. Of a generator: the tokenizer that decodes it, with what differs from that one's
+    config; what it is conditioned by; recipe, the Sampler's arguments (filter, guidance). reported: the published
+    numbers, each with metric, value and its protocol.
+    """
+
+    name: str
+    kind: Literal["tokenizer", "generator"]
+    family: str
+    hub: str
+    file: str
+    nested: str | None
+    sha256: str | None
+    parameters: float
+    config: dict[str, Any]
+    paper: dict[str, str]
+    licence: str
+    ignored: dict[str, str]
+    reported: list[dict[str, Any]]
+    condition: str | None = None
+    tokenizer: str | None = None
+    tokenizer_config: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return f"https://huggingface.co/{self.hub}/resolve/main/{self.file}"
+
+    @property
+    def cache(self) -> Path:
+        """The folder that a download goes to."""
+        return Path(constants.HF_HUB_CACHE) / f"models--{self.hub.replace('/', '--')}"
+
+
+def entries() -> dict[str, Entry]:
+    """All published checkpoints by name, as the files list them."""
+    found = {}
+    folder = files("configs").joinpath("published")
+    for file in sorted(folder.iterdir(), key=lambda file: file.name):
+        if not file.name.endswith(".yaml"):
+            continue
+        family = yaml.safe_load(file.read_text(encoding="utf-8"))
+        for kind in ("tokenizer", "generator"):
+            for name, row in family.get(f"{kind}s", {}).items():
+                reported = [
+                    {**number, "protocol": family["protocols"][number["protocol"]]} for number in row["reported"]
+                ]
+                shared = {"paper": family["paper"], "licence": family["licence"]}
+                ignored = family["ignored"].get(row["family"], {})
+                found[name] = Entry(name, kind, **{**row, **shared, "ignored": ignored, "reported": reported})
+    return found
+
+
+def find(name: str) -> Entry:
+    """Raises UnknownName with the nearest names."""
+    return look_up(name, entries(), "published checkpoint")
+
+
+def fetch(entry: Entry, weights: str | Path | None = None, flag: str = "--weights") -> Path:
+    """The file of an entry: `weights` where given, else from the hub's cache or by download.
+
+    flag: the option that takes a local file, for the message. Raises PublishedError where neither is to be had, and
+    for a download with another checksum than the entry's.
+    """
+    if weights is not None:
+        if not Path(weights).is_file():
+            raise PublishedError(f"{weights}: no such file; {flag} takes a local copy of {entry.url}")
+        return Path(weights)
+    known = f"sha256 {entry.sha256}" if entry.sha256 else "its sha256 is not known: the one found is recorded"
+    cure = f"get {entry.url} ({known}) and pass it as {flag} FILE"
+    try:
+        path = Path(hf_hub_download(entry.hub, entry.file))
+    except Exception as error:  # the hub's client lets the errors of its HTTP library through
+        raise PublishedError(
+            f"{entry.name}: {entry.file} is not in {entry.cache} and could not be downloaded "
+            f"({type(error).__name__}); go online, or {cure}"
+        ) from error
+    if entry.sha256 is not None and (found := checksum(path)) != entry.sha256:
+        raise PublishedError(
+            f"{entry.name}: {path} has sha256 {found}: damaged, or replaced on the hub; remove it, {cure}"
+        )
+    return path
+
+
+@dataclass(frozen=True)
+class Published:
+    """A loaded checkpoint, in eval mode. generator: None for a tokenizer's. recipe: the Sampler's arguments as plain
+    values. provenance: names, files and checksums of what was loaded, as plain values."""
+
+    tokenizer: Tokenizer
+    generator: Generator | None
+    recipe: dict[str, dict[str, Any]]
+    provenance: dict[str, Any]
+
+
+def load_published(
+    name: str,
+    weights: str | Path | None = None,
+    tokenizer_weights: str | Path | None = None,
+    device: torch.device | str = "cpu",
+) -> Published:
+    """The modules of a published checkpoint on `device`, in float32.
+
+    weights, tokenizer_weights: local files, of `name` itself and, for a generator, of its tokenizer; None: from the
+    hub. Raises UnknownName, PublishedError for a file that is not to be had, CheckpointError for one that is damaged or
+    holds code, CheckpointMismatch for one that holds another model.
+    """
+    entry = find(name)
+    if entry.kind == "tokenizer":
+        if tokenizer_weights is not None:
+            raise PublishedError(f"{name} is a tokenizer: pass its file as --weights, not as --tokenizer-weights")
+        path = fetch(entry, weights)
+        return Published(_load(entry, path, entry.config).to(device), None, {}, _provenance(entry, path))
+    coder = find(entry.tokenizer)
+    path, coder_path = fetch(entry, weights), fetch(coder, tokenizer_weights, "--tokenizer-weights")
+    tokenizer = _load(coder, coder_path, coder.config | entry.tokenizer_config).to(device)
+    generator = _load(entry, path, entry.config).to(device)
+    provenance = {**_provenance(entry, path), "tokenizer": _provenance(coder, coder_path)}
+    return Published(tokenizer, generator, entry.recipe, provenance)
+
+
+def _load(entry: Entry, path: Path, config: Mapping[str, Any]) -> nn.Module:
+    try:
+        return FROM_PUBLISHED[entry.kind](entry.family, read_tensors(path, entry.nested), config)
+    except CheckpointMismatch as error:
+        raise CheckpointMismatch(
+            f"{path} is not {entry.name}: {error}\n`python scripts/published.py check {path}` says what it is"
+        ) from error
+
+
+def _provenance(entry: Entry, path: Path) -> dict[str, Any]:
+    return {
+        "published": entry.name,
+        "url": entry.url,
+        "file": path.name,
+        "sha256": checksum(path),
+        "sha256_published": entry.sha256,
+        "licence": entry.licence,
+    }
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a file holds.
+
+    fits: the entries whose keys and shapes are exactly the file's, the one of its name or checksum first; several where
+    models differ in nothing that is stored. Where it fits none: closest, the entry with the fewest faults, and these.
+    tensors: in the file; ignored: which of them no model needs -> reason; parameters: of the model, None without one;
+    seconds: to read the file and build the model.
+    """
+
+    file: Path
+    sha256: str
+    fits: tuple[str, ...]
+    closest: str
+    faults: tuple[str, ...]
+    tensors: int
+    ignored: dict[str, str]
+    parameters: int | None
+    seconds: float
+
+
+def check(file: str | Path, name: str | None = None) -> Report:
+    """Hold a file against the entry `name`, or against all.
+
+    Raises UnknownName, and CheckpointError for a file that is missing, damaged, holds code, or no tensors where the
+    entry has them.
+    """
+    path = Path(file)
+    tried = entries().values() if name is None else [find(name)]
+    start = perf_counter()
+    read = _read(path, tried)
+    seconds = perf_counter() - start
+    shapes = {nested: {key: tensor.to("meta") for key, tensor in tensors.items()} for nested, tensors in read.items()}
+    places = [(entry, place) for entry in tried if (place := _nesting(entry, path)) in read]
+    faults = {entry.name: _faults(entry, shapes[place]) for entry, place in places}
+    sha256 = checksum(path)
+
+    def rank(found: tuple[Entry, str | None]) -> tuple[int, bool, bool]:
+        entry, _ = found
+        return len(faults[entry.name]), entry.sha256 != sha256, entry.file != path.name
+
+    places.sort(key=rank)
+    entry, place = places[0]
+    model = None
+    if not faults[entry.name]:
+        start = perf_counter()
+        model = FROM_PUBLISHED[entry.kind](entry.family, read[place], entry.config)
+        seconds += perf_counter() - start
+    return Report(
+        file=path,
+        sha256=sha256,
+        fits=tuple(entry.name for entry, _ in places if not faults[entry.name]),
+        closest=entry.name,
+        faults=faults[entry.name],
+        tensors=len(read[place]),
+        ignored={key: reason for key in read[place] if (reason := _reason(entry, key)) is not None},
+        parameters=None if model is None else sum(p.numel() for p in model.parameters()),
+        seconds=seconds,
+    )
+
+
+def _nesting(entry: Entry, path: Path) -> str | None:
+    return None if path.suffix == ".safetensors" else entry.nested
+
+
+def _read(path: Path, tried: Iterable[Entry]) -> dict[str | None, dict[str, Tensor]]:
+    """The tensors at every place of the file where an entry has its own. A file with an inner dict is not flat as well."""
+    read, refusal = {}, None
+    for nested in sorted({_nesting(entry, path) for entry in tried}, key=lambda nested: (nested is None, nested)):
+        if nested is None and read:
+            break
+        try:
+            read[nested] = read_tensors(path, nested)
+        except CheckpointError as error:
+            refusal = error
+    if not read:
+        raise refusal
+    return read
+
+
+def _faults(entry: Entry, shapes: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """What keeps tensors of these shapes (on the meta device) from being the entry; empty: they are."""
+    try:
+        FROM_PUBLISHED[entry.kind](entry.family, shapes, entry.config)
+    except CheckpointMismatch as error:
+        return tuple(line.strip() for line in str(error).splitlines()[1:])
+    return ()
+
+
+def _reason(entry: Entry, key: str) -> str | None:
+    return next((reason for pattern, reason in entry.ignored.items() if fnmatchcase(key, pattern)), None)

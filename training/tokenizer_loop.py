@@ -1,0 +1,134 @@
+"""Training a tokenizer: reconstruct, weigh the terms, step; then, where there is one, the discriminator's turn.
+
+Source of the order of things: VQGAN (Esser et al. 2021, arXiv:2012.09841) and LlamaGen (Sun et al. 2024,
+arXiv:2406.06525). What is particular to a tokenizer is in the tokenizer, what is particular to a loss in the objective.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from tokenizers_vis.protocol import Tokenizer
+from tokenizers_vis.quantizers.usage import code_counts, usage_metrics
+from training.checkpoint import Checkpoints
+from training.ema import EMA
+from training.loop import (
+    Batch,
+    Journal,
+    Stream,
+    Through,
+    TrainOptions,
+    Watch,
+    accelerate,
+    adamw,
+    due,
+    export_state,
+    reseed,
+    save_grid,
+    set_lr,
+    to_device,
+    update,
+)
+from training.losses import TokenizerObjective
+from training.run import RunFolder
+
+SHOWN = 8  # pictures in a row of a reconstruction grid
+
+
+def train_tokenizer(
+    tokenizer: Tokenizer,
+    objective: TokenizerObjective,
+    stream: Stream,
+    options: TrainOptions,
+    folder: RunFolder,
+    *,
+    held_out: Sequence[Batch] = (),
+) -> None:
+    """Train up to `options.steps`, from the newest checkpoint of `folder` on, and export the averaged weights.
+
+    held_out: batches whose reconstruction is scored, the first pictures shown above theirs; on every process its own.
+    Raises TrainingDiverged at a number that is not finite, NotWritten on a full disk.
+    """
+    accelerator = accelerate(options, folder.path)
+    optimizer = adamw(tokenizer, options)
+    model, optimizer = accelerator.prepare(tokenizer, optimizer)
+    in_training, optimizers = [model], [optimizer]
+    objective.to(accelerator.device)
+    if objective.has_discriminator:
+        critic_optimizer = adamw(objective.discriminator, options)
+        critic = Through(objective.discriminator, objective.discriminator_loss)
+        critic, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
+        in_training, optimizers = [model, critic], [optimizer, critic_optimizer]
+    average = EMA(model, options.ema_decay)
+    accelerator.register_for_checkpointing(average)
+    checkpoints = Checkpoints(
+        folder.path / "checkpoints", accelerator, options.keep_last, parts=[*in_training, *optimizers, average]
+    )
+
+    first = checkpoints.resume()
+    journal, watch = Journal(folder.path, accelerator, first), Watch(accelerator)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    batches = stream(start_step=first * options.accumulation, rank=rank, world=world)
+    model.train()
+    for step in tqdm(range(first, options.steps), initial=first, total=options.steps, disable=rank > 0):
+        reseed(folder.seed, step, rank)
+        lr = set_lr(optimizers, step, options)
+        for _ in range(options.accumulation):
+            images = to_device(next(batches), accelerator.device)["image"]
+            journal.count(len(images))
+            with accelerator.accumulate(*in_training):
+                reconstruction, parts = model(images)
+                with accelerator.autocast():
+                    loss, logs = objective(images, reconstruction, parts, step, tokenizer.last_layer)
+                accelerator.backward(loss)
+                watch.add(step, {**logs, **parts.get("stats", {})})
+                watch.add(step, update(accelerator, model, optimizer, options))
+                if objective.adversarial_weight(step):
+                    loss, logs = critic(images, reconstruction.detach(), step)
+                    accelerator.backward(loss)
+                    watch.add(step, logs)
+                    update(accelerator, critic, critic_optimizer, options)
+        average.update()
+
+        done = step + 1
+        if due(done, options.log_every, options.steps):
+            watch.check(checkpoints.newest)
+            journal.write(done, {**watch.read(), "lr": lr, **journal.throughput()})
+        if held_out and due(done, options.sample_every, options.steps):
+            model.eval()
+            with average.applied():
+                scores = score(tokenizer, held_out, accelerator, folder.path / f"samples/step_{done:08d}.png")
+            model.train()
+            journal.write(done, scores)
+        if due(done, options.save_every, options.steps):
+            watch.check(checkpoints.newest)
+            checkpoints.save(done)
+
+    with average.applied():
+        state = export_state(accelerator, model)
+        if accelerator.is_main_process:
+            folder.export(state, tokenizer.spec, options.steps)
+    accelerator.end_training()
+
+
+@torch.no_grad()
+def score(tokenizer: Tokenizer, held_out: Sequence[Batch], accelerator: Accelerator, picture: Path) -> dict[str, float]:
+    """Mean squared error and PSNR of clamped reconstructions, range 2, mean over pictures; use of the codebook."""
+    errors, ids = [], []
+    for batch in held_out:
+        images = to_device(batch, accelerator.device)["image"]
+        tokens = tokenizer.encode(images)
+        again = tokenizer.decode(tokens).float().clamp(-1, 1)
+        errors.append((again - images).square().flatten(1).mean(1))
+        ids.append(tokens)
+        if len(errors) == 1 and accelerator.is_main_process:
+            save_grid(picture, [images[:SHOWN], again[:SHOWN]])
+    error = accelerator.gather(torch.cat(errors))
+    scores = {"held_out_mse": error.mean(), "held_out_psnr_db": 10 * (4 / error).log10().mean()}
+    if tokenizer.spec.vocab_size is not None:
+        counts = accelerator.reduce(code_counts(torch.cat(ids), tokenizer.spec.vocab_size))
+        scores["held_out_usage"] = usage_metrics(counts)["usage"]
+    return {name: value.item() for name, value in scores.items()}
