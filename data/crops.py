@@ -66,7 +66,7 @@ def var_center_crop(image: Picture, size: int) -> np.ndarray:
     return np.asarray(functional.center_crop(middle, size))
 
 
-def flip(crop: np.ndarray) -> np.ndarray:
+def mirrored(crop: np.ndarray) -> np.ndarray:
     """The mirror picture, left and right exchanged: (..., H, W, 3)."""
     return crop[..., ::-1, :]
 
@@ -88,6 +88,10 @@ def _cut(image: Image.Image, size: int, top: int, left: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
+def _with_mirror(crop: np.ndarray) -> np.ndarray:
+    return np.stack((crop, mirrored(crop)))
+
+
 TRANSFORMS: dict[str, tuple[int, Callable[[Picture, int, np.random.Generator, float], np.ndarray]]] = {
     # name: (A, crops of one picture; (image, size, rng, crop_range) -> (S, S, 3), or (A, S, S, 3) where A > 1)
     "center": (1, lambda image, size, rng, crop_range: center_crop_arr(image, size)),
@@ -96,7 +100,3 @@ TRANSFORMS: dict[str, tuple[int, Callable[[Picture, int, np.random.Generator, fl
     "center_flip": (2, lambda image, size, rng, crop_range: _with_mirror(center_crop_arr(image, size))),
     "ten": (10, lambda image, size, rng, crop_range: ten_crop(image, size, crop_range)),
 }
-
-
-def _with_mirror(crop: np.ndarray) -> np.ndarray:
-    return np.stack((crop, flip(crop)))

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from data.builtin import open_digits, open_emoji
-from data.crops import TRANSFORMS, flip
+from data.crops import TRANSFORMS, mirrored
 from data.errors import CorruptImage, DataError, check_name
 from data.loader import sample_rng
 from data.readers import open_cifar10, open_folder, open_imagenet, open_parquet, open_tar, open_wds
@@ -137,7 +137,7 @@ class PictureSet(Dataset[dict[str, Any]]):
         self.source = source
         self.size = size
         self.transform = transform
-        self.crops, self._crop = TRANSFORMS[transform]
+        self.crops = TRANSFORMS[transform][0]
         self.flip = flip
         self.crop_range = crop_range
         self.on_corrupt = on_corrupt
@@ -218,8 +218,8 @@ class PictureSet(Dataset[dict[str, Any]]):
 
     def _sample(self, index: int, image: Image.Image, rng: np.random.Generator, mirror: bool) -> dict[str, Any]:
         label = int(self.labels[index])
-        crop = self._crop(image, self.size, rng, self.crop_range)  # uint8 (S, S, 3) or (A, S, S, 3)
+        crop = TRANSFORMS[self.transform][1](image, self.size, rng, self.crop_range)  # uint8 (S, S, 3) or (A, S, S, 3)
         if mirror and rng.random() < 0.5 and self.classes[label] not in self.source.chiral:
-            crop = flip(crop)
+            crop = mirrored(crop)
         image = torch.from_numpy(np.ascontiguousarray(rearrange(crop, "... h w c -> ... c h w")))
         return {"image": image.float() / 127.5 - 1, "label": torch.tensor(label), "index": index}

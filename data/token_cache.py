@@ -102,15 +102,14 @@ def read_header(folder: str | Path) -> tuple[CacheHeader, bool]:
 class CacheWriter:
     """Fills a cache, resuming the one that `folder` holds. Every process opens its own.
 
-    The folder is made whole, with its full size on the disk, before the first row: a full disk is an OSError here.
-    Raises DataError when `folder` holds something else, or a cache with another header.
+    The folder is made whole, with its full size on the disk, before the first row. Raises DataError when that does not
+    fit on the disk, and when `folder` holds something else or a cache with another header.
     """
 
     def __init__(self, folder: str | Path, header: CacheHeader) -> None:
         self.folder = Path(folder)
         self.header = header
-        if not (self.folder / "header.json").exists():
-            self._create()
+        self._create_if_absent()
         found, self.complete = read_header(self.folder)
         differing = list(_differences(found.record(), header.record()))
         if differing:
@@ -151,21 +150,27 @@ class CacheWriter:
             self.complete = True
         return self.complete
 
-    def _create(self) -> None:
+    def _create_if_absent(self) -> None:
+        taken = self.folder.is_file() or (self.folder.exists() and any(self.folder.iterdir()))
+        if taken and not (self.folder / "header.json").is_file():
+            raise DataError(f"{self.folder}: exists and holds no token cache; give another folder")
+        if taken:
+            return
         draft = self.folder.with_name(f".{self.folder.name}.{uuid4().hex}.tmp")
-        draft.mkdir(parents=True)
         try:
+            draft.mkdir(parents=True)
             for stem, (shape, dtype) in self.header.arrays().items():
                 path = draft / f"{stem}.npy"
                 np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
                 with path.open("rb+") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             _write_header(draft, self.header, complete=False)
-            try:
-                draft.rename(self.folder)  # only onto nothing or an empty folder: of many processes one succeeds
-            except OSError as error:
-                if not (self.folder / "header.json").exists():
-                    raise DataError(f"{self.folder}: exists and holds no token cache; give another folder") from error
+            draft.rename(self.folder)  # only onto nothing or an empty folder: of many processes one succeeds
+        except OSError as error:
+            if not (self.folder / "header.json").exists():
+                raise DataError(
+                    f"{self.folder}: cannot be made ({error}); free space, or give another place"
+                ) from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 

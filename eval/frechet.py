@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FULL_RANK = 1e-8  # least Cholesky pivot, relative to the greatest variance, at which eigenvalues of a product are precise
+FULL_RANK = (
+    1e-8  # least Cholesky pivot, relative to the greatest variance, at which eigenvalues of a product are precise
+)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ is uint8; it is resized to 299x299 by TensorFlow 1's bilinear rule (no antialias
 
 import io
 import logging
+import pickle
 from pathlib import Path
 
 import torch
@@ -73,7 +74,7 @@ def _build(path: Path) -> FeatureExtractorInceptionV3:
     """The network with the tensors of a file, which is read without running code from it."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its parsers meet in a damaged file
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError, ValueError) as error:
         raise FeatureError(f"{path}: not a readable file of tensors ({error}). {_cure()}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise FeatureError(f"{path}: holds no flat dict of tensors. {_cure()}")

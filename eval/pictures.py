@@ -8,7 +8,7 @@ import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +19,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from eval.pixels import UINT8_RULES, to_uint8
 from eval.provenance import Origin, PicturesRecord
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -82,6 +83,24 @@ class PixelDigest:
 def from_tensor(name: str, pictures: Tensor, origin: Origin, labels: Tensor | None = None) -> PictureSet:
     """Pictures in memory, uint8 (N, 3, H, W)."""
     return PictureSet(name, len(pictures), lambda size: iter(pictures.split(size)), origin, labels)
+
+
+def from_batches(
+    name: str,
+    count: int,
+    batches: Callable[[int], Iterable[Mapping[str, Tensor]]],
+    record: Mapping[str, Any],
+    labels: Tensor | None = None,
+    rule: str = "trunc_128",
+) -> PictureSet:
+    """Real pictures as a loader gives them: batches(B) of dicts whose "image" is float (<= B, 3, H, W) in [-1, 1].
+
+    record: what the data set says of itself. rule: a key of UINT8_RULES, by which the pictures become uint8.
+    """
+    origin = Origin.of_data(UINT8_RULES[rule], record)
+    return PictureSet(
+        name, count, lambda size: (to_uint8(batch["image"], rule) for batch in batches(size)), origin, labels
+    )
 
 
 def read_pictures(path: str | Path) -> PictureSet:

@@ -5,17 +5,23 @@ over the pixels and channels of one picture. SSIM (Wang et al. 2004): Gaussian w
 K1 0.01, K2 0.03, range 255, mean over the places where the window fits and over channels.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from eval.codebook import CodebookUsage
 from eval.pictures import PictureError, PixelDigest
 from eval.pixels import UINT8_RULES, to_uint8
 from eval.provenance import Computation, Origin, Provenance, Score, library_versions
 
-PSNR = "10 log10(255^2 / MSE) in dB, MSE of each picture, mean over pictures"
-PSNR_OF_MEAN = "10 log10(255^2 / MSE) in dB of the mean MSE of all pictures"
-SSIM = "Gaussian window 11, sigma 1.5, K1 0.01, K2 0.03, range 255, mean over pictures"
+PSNR = "PSNR 10 log10(255^2 / MSE) in dB, MSE of each picture, mean over pictures"
+PSNR_OF_MEAN = "PSNR 10 log10(255^2 / MSE) in dB of the mean MSE of all pictures"
+SSIM = "SSIM, Gaussian window 11, sigma 1.5, K1 0.01, K2 0.03, range 255, mean over pictures"
+USAGE = "share of the codebook that occurs at least once in all pictures"
+PERPLEXITY = "exp of the entropy of the code frequencies over all pictures"
 
 
 def mse(pictures: Tensor, reference: Tensor) -> Tensor:
@@ -32,9 +38,10 @@ def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) twice -> float64 (B,), at most 1. Raises ValueError for pictures the window does not fit in."""
     if min(pictures.shape[-2:]) < 11:
         raise ValueError(f"ssim: pictures must be at least 11x11, got {tuple(pictures.shape[-2:])}")
-    return structural_similarity_index_measure(
-        pictures.double(), reference.double(), data_range=255.0, reduction="none"
-    )
+    _, everywhere = structural_similarity_index_measure(
+        pictures.double(), reference.double(), data_range=255.0, reduction="none", return_full_image=True
+    )  # (B, 3, H, W), the border by mirrored pictures, which no other implementation counts in
+    return everywhere[..., 5:-5, 5:-5].mean((1, 2, 3))
 
 
 class ReconstructionScorer:
@@ -46,6 +53,7 @@ class ReconstructionScorer:
     def __init__(self, reconstructions: str, originals: str, rule: str = "trunc_128") -> None:
         self.rule = rule
         self._made, self._real = PixelDigest(reconstructions), PixelDigest(originals)
+        self._dtype = ""
         self._mse: list[Tensor] = []
         self._ssim: list[Tensor] = []
 
@@ -55,29 +63,41 @@ class ReconstructionScorer:
             raise PictureError(
                 f"{self._made.name}: reconstructions {tuple(images.shape)} of originals {tuple(reference.shape)}"
             )
+        self._dtype = str(images.dtype).removeprefix("torch.")
         made, real = to_uint8(images, self.rule), to_uint8(reference, self.rule)
         self._made.update(made)
         self._real.update(real)
         self._mse.append(mse(made, real).cpu())
         self._ssim.append(ssim(made, real).cpu())
 
-    def scores(self, checkpoint: object, data: dict[str, object], batch_size: int, device: str) -> list[Score]:
-        """PSNR both ways and SSIM. checkpoint, data: what the tokenizer and the data set say of themselves.
+    def scores(
+        self,
+        checkpoint: Any,
+        data: Mapping[str, Any],
+        batch_size: int,
+        device: str,
+        codebook: CodebookUsage | None = None,
+    ) -> list[Score]:
+        """PSNR both ways, SSIM, and, given the counts of its codes, usage and perplexity of the codebook.
 
-        Raises PictureError before the first batch.
+        checkpoint, data: what the tokenizer and the data set say of themselves; batch_size, device: how and where it
+        ran. Raises PictureError before any batch.
         """
         rule = UINT8_RULES[self.rule]
         made = self._made.record(Origin.of_reconstructions(rule, checkpoint))
         real = self._real.record(Origin.of_data(rule, data))
         errors = torch.cat(self._mse)
         values = {
-            ("psnr_db", PSNR): _decibel(errors).mean(),
-            ("psnr_of_mean_mse_db", PSNR_OF_MEAN): _decibel(errors.mean()),
-            ("ssim", SSIM): torch.cat(self._ssim).mean(),
+            ("psnr_db", PSNR): float(_decibel(errors).mean()),
+            ("psnr_of_mean_mse_db", PSNR_OF_MEAN): float(_decibel(errors.mean())),
+            ("ssim", SSIM): float(torch.cat(self._ssim).mean()),
         }
-        computation = Computation(device, "float64", batch_size, library_versions())
+        computation = Computation(device, self._dtype, batch_size, library_versions())
+        if codebook is not None:
+            values["codebook_usage", USAGE] = codebook.usage()
+            values["codebook_perplexity", PERPLEXITY] = codebook.perplexity()
         return [
-            Score(name, float(value), Provenance(definition, None, made, real, computation))
+            Score(name, value, Provenance(definition, None, made, real, computation))
             for (name, definition), value in values.items()
         ]
 

@@ -1,7 +1,7 @@
 """A report in one HTML file: text, pictures, curves and tables given as plain values, everything inside the file.
 
     report = Report("Digits", "A tokenizer and a generator, trained from nothing in ten minutes")
-    report.pictures("Reconstructions", {"original": images, "reconstruction": decoded})
+    report.pairs("Reconstructions", images, decoded)
     report.curves("Training", {"loss": (steps, values)})
     report.table("Scores", [score_row(score) for score in scores])
     report.save("report.html")
@@ -48,7 +48,7 @@ section { background: #fff; border: 1px solid #d9e2ec; border-radius: 10px; padd
 .note { margin: .9rem 0 0; color: #52606d; font-size: .875rem; max-width: 52rem; }
 .scroll { overflow-x: auto; }
 .rows { display: grid; grid-template-columns: max-content 1fr; gap: .5rem 1rem; align-items: center; }
-.rows .label { color: #52606d; font-size: .875rem; text-align: right; }
+.rows .label { max-width: 8rem; color: #52606d; font-size: .875rem; text-align: right; }
 .pictures { display: flex; flex-wrap: wrap; gap: 4px; }
 figure { margin: 0; }
 figure img { display: block; border-radius: 3px; image-rendering: pixelated; }
@@ -136,6 +136,20 @@ class Report:
             made.append((label, list(zip(map(_data_url, to_uint8(images)), texts, strict=True))))
         self.sections.append({"title": title, "rows": made, "note": note, "width": width})
 
+    def pairs(
+        self,
+        title: str,
+        originals: Tensor,
+        reconstructions: Tensor,
+        captions: Sequence[str] | None = None,
+        note: str = "",
+    ) -> None:
+        """Every original (B, 3, H, W) above its reconstruction."""
+        white = originals.new_ones(*originals.shape[:2], 2, originals.shape[-1])
+        label = "original above, reconstruction below"
+        stacked = torch.cat((originals, white, reconstructions), dim=-2)
+        self.pictures(title, {label: stacked}, None if captions is None else {label: captions}, note)
+
     def classes(
         self, title: str, images: Tensor, labels: Tensor, names: Sequence[str], note: str = "", width: int = 64
     ) -> None:
@@ -198,8 +212,9 @@ class Report:
 
 
 def score_row(score: Score) -> dict[str, Any]:
-    """A score as a row of a table. Only here a distance that rounding left below 0 is shown as 0."""
-    return {"metric": score.name, "value": max(score.value, 0.0), "protocol": score.provenance.line()}
+    """A score as a row of a table. Only here a distance that rounding left a little below 0 is shown as 0."""
+    value = 0.0 if -1e-6 < score.value < 0 else score.value
+    return {"metric": score.name, "value": value, "protocol": score.provenance.line()}
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int, scale: int = 1, gap: int = 2) -> None:
@@ -233,7 +248,8 @@ def _data_url(picture: Tensor) -> str:
 def _svg(figure: Figure) -> Markup:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return Markup(buffer.getvalue().partition("<svg")[1] + buffer.getvalue().partition("<svg")[2])
+    text = buffer.getvalue()
+    return Markup(text[text.index("<svg") :])
 
 
 def _tidy(axes: Any) -> None:

@@ -61,31 +61,36 @@ def look(network: FeatureNetwork, pictures: PictureSet, batch_size: int = 64) ->
 def frechet_score(samples: Seen, reference: Seen) -> Score:
     """The Fréchet distance under the network's own name for it and the number of samples, like "fid@50000".
 
-    Raises FeatureError where the two were seen by different networks.
+    Raises FeatureError where the two were seen by different networks, PictureError where their sizes differ.
     """
+    ours, theirs = samples.pictures, reference.pictures
     if samples.network != reference.network:
-        differ = [
-            f"{field}: {ours} / {theirs}"
-            for field, ours in vars(samples.network).items()
-            if ours != (theirs := getattr(reference.network, field))
-        ]
+        pairs = zip(vars(samples.network).items(), vars(reference.network).values(), strict=True)
+        differ = "; ".join(f"{field}: {here} / {there}" for (field, here), there in pairs if here != there)
         raise FeatureError(
-            f"{samples.pictures.name} and {reference.pictures.name} were seen by different networks "
-            f"({'; '.join(differ)}); look at both with one"
+            f"{ours.name} and {theirs.name} were seen by different networks ({differ}); look at both with one"
         )
-    provenance = Provenance(FRECHET, samples.network, samples.pictures, reference.pictures, samples.computation)
+    if (ours.height, ours.width) != (theirs.height, theirs.width):
+        raise PictureError(
+            f"{ours.name} is {ours.height}x{ours.width}, {theirs.name} is {theirs.height}x{theirs.width}; "
+            "bring both to one size by a stated rule first"
+        )
+    provenance = Provenance(FRECHET, samples.network, ours, theirs, samples.computation)
     value = frechet_distance(samples.gaussian, reference.gaussian)
-    return Score(f"{samples.network.distance}@{samples.pictures.count}", value, provenance)
+    return Score(f"{samples.network.distance}@{ours.count}", value, provenance)
 
 
-def accuracy_score(samples: Seen) -> Score:
-    """Label accuracy. Raises FeatureError where there are no labels, or the network does not know them."""
+def accuracy_score(samples: Seen, name: str = "label_accuracy") -> Score:
+    """Label accuracy of samples, or, on held-out real pictures, the accuracy of the classifier itself.
+
+    Raises FeatureError where there are no labels, or the network does not know them.
+    """
     if samples.right is None:
         raise FeatureError(
             f"{samples.pictures.name}: no label accuracy; it needs labels, and a network with logits over them"
         )
     provenance = Provenance(LABEL_ACCURACY, samples.network, samples.pictures, None, samples.computation)
-    return Score("label_accuracy", samples.right / samples.pictures.count, provenance)
+    return Score(name, samples.right / samples.pictures.count, provenance)
 
 
 def _count_right(name: str, logits: Tensor, labels: Tensor, first: int) -> int:

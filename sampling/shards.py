@@ -39,11 +39,6 @@ def plan_labels(count: int, num_classes: int, plan: str, seed: int) -> Tensor:
     raise ValueError(f"class plan is {plan!r}, must be 'balanced' or 'random'")
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """float (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3): clamp(127.5 x + 128, 0, 255), truncated (the ADM rule)."""
-    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8).movedim(1, -1)
-
-
 class Shards:
     """The blocks of `out`: a file NAME.npz, or a folder. settings: whatever the samples depend on, as plain values.
 

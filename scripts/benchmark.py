@@ -140,7 +140,9 @@ def timed(work: Callable[[], None], repeats: int, device: str) -> tuple[float, f
 def report(figures: dict[str, object], threads: int, device: str) -> None:
     """Figures and conditions, one line of JSON a field."""
     conditions = {
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name()
+        if device.startswith("cuda")
+        else platform.processor() or platform.machine(),
         "threads": threads,
         "cores": psutil.cpu_count(logical=False),
         "load_average": round(psutil.getloadavg()[0], 2),

@@ -4,80 +4,19 @@ python scripts/cache_tokens.py --tokenizer-run runs/vq --data folder --root /dat
 accelerate launch scripts/cache_tokens.py ...     # many processes; interrupted, the same command goes on
 """
 
-import logging
 import re
 import sys
-from pathlib import Path
-from typing import Literal
 
-import torch
-from accelerate import Accelerator
 from jsonargparse import auto_cli
-from torch import Tensor
-from tqdm import tqdm
 
-from data.sets import open_set
-from data.token_cache import CacheWriter, TokenizerFacts, fill_cache, picture_header
-from training.run import load_run
+from training.caching import cache_tokens
+from training.options import command_line
 
 
-def cache_tokens(
-    tokenizer_run: Path,
-    data: str,
-    out: Path,
-    split: str = "train",
-    root: str | None = None,
-    transform: Literal["ten", "center", "center_flip"] = "center_flip",
-    crop_range: float = 1.1,
-    batch_size: int = 32,
-    workers: int = 0,
-) -> None:
-    """Encode a data set with the tokenizer of a run and write a token cache.
-
-    Args:
-        tokenizer_run: folder of the run whose tokenizer encodes
-        data: digits, emoji32, folder, tar, wds, parquet, cifar10 or imagenet
-        out: folder of the cache; one that was interrupted is continued
-        split: train, val or all
-        root: folder that holds the pictures; not for built-in sets
-        transform: crops of a picture: center (1), center_flip (2: it and its mirror picture), ten (10)
-        crop_range: ten crops are cut from a centre crop of this many times the tokenizer's picture size
-        batch_size: pictures a batch; the tokenizer sees this times the number of crops
-        workers: processes that read pictures, beside each that encodes
-    """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    accelerator = Accelerator()
-    rank, world = accelerator.process_index, accelerator.num_processes
-    run = load_run(tokenizer_run, accelerator.device)
-    spec = run.tokenizer.spec
-    if spec.vocab_size is None:
-        raise ValueError(f"{tokenizer_run}: a token cache holds discrete tokens, this tokenizer makes {spec}")
-    facts = TokenizerFacts(
-        name=tokenizer_run.resolve().name,
-        sha256=run.tokenizer_sha256,
-        vocab_size=spec.vocab_size,
-        record=run.record["modules"]["tokenizer"]["record"],
-        spec=spec.record(),
-    )
-    pictures = open_set(data, split=split, root=root, size=spec.decoded[1], transform=transform, crop_range=crop_range)
-    with accelerator.main_process_first():
-        writer = CacheWriter(out, picture_header(pictures, facts, spec.length))
-
-    @torch.inference_mode()
-    def encode(images: Tensor) -> Tensor:
-        return run.tokenizer.encode(images.to(accelerator.device))
-
-    share = len(range(rank, len(pictures), world))
-    with tqdm(total=share, initial=share - len(writer.pending(rank, world)), unit="picture", disable=rank > 0) as bar:
-        for written in fill_cache(writer, pictures, encode, batch_size, rank, world, workers):
-            bar.update(written)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        writer.finish()
-        print(f"{len(pictures)} pictures x {pictures.crops} crops x {spec.length} tokens: {out}")
-    accelerator.end_training()
+def main() -> None:
+    words = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in sys.argv[1:]]
+    auto_cli(cache_tokens, as_positional=False, args=words)  # --batch-size as --batch_size
 
 
 if __name__ == "__main__":
-    options = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in sys.argv[1:]]
-    auto_cli(cache_tokens, as_positional=False, args=options)
+    command_line(main)

@@ -33,8 +33,10 @@ def show(name: str) -> None:
         name: as the table of `list` has it
     """
     entry = find(name)
-    facts = {"url": entry.url, "cached_under": str(entry.cache), **asdict(entry)}
+    facts = asdict(entry) | {"parameters": f"{entry.parameters} M", "url": entry.url, "cached_under": str(entry.cache)}
     facts["sha256"] = entry.sha256 or "not known; that of the file found is recorded"
+    if entry.tokenizer:
+        facts["tokenizer_url"] = find(entry.tokenizer).url
     print(yaml.safe_dump({key: value for key, value in facts.items() if value}, sort_keys=False, width=120), end="")
 
 
@@ -50,8 +52,8 @@ def check_file(file: Path, name: str | None = None) -> None:
         listed = "\n  ".join(report.faults[:SHOWN])
         rest = f"\n  and {len(report.faults) - SHOWN} more" if len(report.faults) > SHOWN else ""
         raise PublishedError(
-            f"{file}: fits {name or 'no published checkpoint'}{' not' if name else ''}; "
-            f"nearest {report.closest}, but for {len(report.faults)} keys:\n  {listed}{rest}"
+            f"{file}: fits no published checkpoint{'' if name is None else ' of that name'}; "
+            f"{len(report.faults)} keys differ from {report.closest}:\n  {listed}{rest}"
         )
     same = " (they store the same: the checksum or the file's name must tell)" if len(report.fits) > 1 else ""
     ignored = "; ".join(f"{key} ({reason})" for key, reason in report.ignored.items())
@@ -84,8 +86,8 @@ def _row(entry: Entry) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    commands = {"_help": __doc__.split("\n\n")[0], "list": list_entries, "show": show, "check": check_file}
+    commands = {"list": list_entries, "show": show, "check": check_file}
     try:
-        auto_cli(commands)
+        auto_cli(commands, description=__doc__.split("\n\n")[0])
     except (ValueError, OSError) as error:  # UnknownName, CheckpointError and CheckpointMismatch are ValueErrors
         sys.exit(f"error: {error}")

@@ -16,9 +16,10 @@ import torch
 from accelerate import Accelerator
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+from eval.pixels import UINT8_RULES, to_uint8
+from eval.report import save_grid
 from generators.protocol import Generator
 from layers.checkpoint import CheckpointError, read_tensors
 from layers.keymap import CheckpointMismatch
@@ -27,7 +28,7 @@ from layers.packed import pack_linears
 from layers.spec import Condition
 from sampling.decode import generate
 from sampling.sampler import Sampler
-from sampling.shards import SampleError, Shards, plan_labels, to_uint8
+from sampling.shards import SampleError, Shards, plan_labels
 from tokenizers_vis.protocol import Tokenizer
 from training.published import PublishedError, load_published
 from training.run import RunError, load_run, versions
@@ -139,9 +140,7 @@ def draw_grid(decoder: Decoder, options: Namespace) -> None:
         condition = Condition(label=torch.tensor(classes).repeat_interleave(options.per_class))
     batches = torch.arange(condition.rows).split(options.batch_size)
     images = [decoder(index, condition.select(index)) for index in tqdm(batches, desc="sampling", unit="batch")]
-    grid = make_grid(to_uint8(torch.cat(images)).movedim(-1, 1) / 255, nrow=options.per_class, padding=2, pad_value=1)
-    Path(options.grid).parent.mkdir(parents=True, exist_ok=True)
-    save_image(grid, options.grid)
+    save_grid(torch.cat(images), options.grid, columns=options.per_class)
     print(f"{options.grid}: {condition.rows} pictures, one row a {'caption' if options.text_features else 'class'}")
 
 
@@ -161,13 +160,15 @@ def write_many(decoder: Decoder, options: Namespace, accelerator: Accelerator, s
     accelerator.wait_for_everyone()
     todo = list(shards.missing(accelerator.process_index, accelerator.num_processes))
     for index in tqdm(todo, desc="sampling", unit=f"x{BLOCK}", disable=not accelerator.is_local_main_process):
-        parts = [to_uint8(decoder(part, Condition(label=labels[part]))) for part in index.split(options.batch_size)]
+        parts = [
+            to_uint8(decoder(part, Condition(label=labels[part]))).movedim(1, -1)
+            for part in index.split(options.batch_size)
+        ]
         shards.write(index, torch.cat(parts))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         machine = {"device": str(decoder.device), "batch_size": options.batch_size, "versions": versions()}
-        quantisation = "clamp(127.5 x + 128, 0, 255), truncated"
-        shards.finish({**settings, "count": options.num, "quantisation": quantisation, **machine})
+        shards.finish({**settings, "count": options.num, "quantisation": UINT8_RULES["trunc_128"], **machine})
         print(f"{options.out}: {options.num} pictures")
 
 

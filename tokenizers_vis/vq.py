@@ -171,7 +171,19 @@ class VQTokenizer(Tokenizer):
         decoder_mult = encoder_mult if decoder_mult is None else decoder_mult
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         f = 2 ** (len(encoder_mult) - 1)
-        self._check_sizes(height, width, f, quantizer, channels, encoder_mult, decoder_mult, groups)
+        if len(encoder_mult) != len(decoder_mult):
+            raise ValueError(
+                f"VQTokenizer: encoder_mult has {len(encoder_mult)} levels, decoder_mult {len(decoder_mult)}: "
+                "give as many, or the decoded image has another size"
+            )
+        if height % f or width % f:
+            raise ValueError(f"VQTokenizer: image_size {height} x {width} is not divisible by {f} = 2^(levels - 1)")
+        if odd := [channels * m for m in (1, *encoder_mult, *decoder_mult) if channels * m % groups]:
+            raise ValueError(f"VQTokenizer: {odd[0]} channels are not divisible into groups={groups}")
+        if quantizer.depth != 1:
+            raise ValueError(
+                f"VQTokenizer: {type(quantizer).__name__} gives {quantizer.depth} ids a vector; a Grid holds 1 a cell"
+            )
         grid = Grid(1, height // f, width // f)
         self.spec = TokenSpec(grid, decoded=(1, height, width), vocab_size=quantizer.vocab_size)
         self.prefixes = (grid.length,)
@@ -181,32 +193,6 @@ class VQTokenizer(Tokenizer):
         self.quantizer = quantizer
         self.from_code = nn.Conv2d(quantizer.dim, z_channels, 1)
         self.decoder = decoder(up, z_channels, res_blocks + 1, groups, dropout)
-
-    @staticmethod
-    def _check_sizes(
-        height: int,
-        width: int,
-        f: int,
-        quantizer: Quantizer,
-        channels: int,
-        encoder_mult: Sequence[int],
-        decoder_mult: Sequence[int],
-        groups: int,
-    ) -> None:
-        if len(encoder_mult) != len(decoder_mult):
-            raise ValueError(
-                f"VQTokenizer: encoder_mult has {len(encoder_mult)} levels, decoder_mult {len(decoder_mult)}: "
-                "give as many, or the decoded image has another size"
-            )
-        if height % f or width % f:
-            raise ValueError(f"VQTokenizer: image_size {height} x {width} is not divisible by {f} = 2^(levels - 1)")
-        odd = [channels * m for m in (1, *encoder_mult, *decoder_mult) if channels * m % groups]
-        if odd:
-            raise ValueError(f"VQTokenizer: {odd[0]} channels are not divisible into groups={groups}")
-        if quantizer.depth != 1:
-            raise ValueError(
-                f"VQTokenizer: {type(quantizer).__name__} gives {quantizer.depth} ids a vector; a Grid holds 1 a cell"
-            )
 
     @no_grad()
     def encode(self, images: Tensor, *, noise: Tensor | None = None) -> Tensor:
@@ -352,7 +338,9 @@ def llamagen_vq_from_published(state: Mapping[str, Tensor], config: Mapping[str,
     with init_empty_weights(include_buffers=False):  # no memory and no time for weights that are replaced at once
         tokenizer = VQTokenizer(
             config["image_size"],
-            VectorQuantizer(config["codebook_size"], config["codebook_embed_dim"], normalize=config["codebook_l2_norm"]),
+            VectorQuantizer(
+                config["codebook_size"], config["codebook_embed_dim"], normalize=config["codebook_l2_norm"]
+            ),
             channels=config["ch"],
             encoder_mult=config["encoder_ch_mult"],
             decoder_mult=config["decoder_ch_mult"],

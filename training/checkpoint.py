@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from accelerate import Accelerator
@@ -91,7 +92,7 @@ class Checkpoints:
     def resume(self) -> int:
         """Load the newest whole checkpoint into everything prepared; the number of steps it had done, 0 without one.
 
-        Raises CheckpointError for one that was made by another number of processes.
+        Raises CheckpointError for one that was made by another number of processes, and for code in a file of it.
         """
         accelerator = self.accelerator
         (folder,) = broadcast_object_list([self.newest() if accelerator.is_main_process else None])
@@ -103,7 +104,12 @@ class Checkpoints:
                 f"{folder}: was trained by {manifest['processes']} processes, now there are "
                 f"{accelerator.num_processes}; launch with --num_processes {manifest['processes']}"
             )
-        accelerator.load_state(str(folder))
+        try:
+            accelerator.load_state(str(folder))
+        except UnpicklingError as error:
+            raise CheckpointError(
+                f"{folder}: holds something else than tensors and plain values, refused; delete it ({error})"
+            ) from error
         return manifest["step"]
 
     def _found(self) -> list[Path]:

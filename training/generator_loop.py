@@ -7,6 +7,7 @@ generator's `loss`.
 from collections.abc import Callable, Sequence
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,7 +23,6 @@ from training.loop import (
     Through,
     TrainOptions,
     Watch,
-    accelerate,
     adamw,
     due,
     export_state,
@@ -43,6 +43,7 @@ def train_generator(
     stream: Stream,
     options: TrainOptions,
     folder: RunFolder,
+    accelerator: Accelerator,
     *,
     held_out: Sequence[Batch] = (),
     sample: Sample | None = None,
@@ -53,7 +54,6 @@ def train_generator(
     whose loss is reported; on every process its own. sample: the averaged generator -> rows of pictures (N, 3, H, W) for
     a grid. Raises TrainingDiverged at a number that is not finite, NotWritten on a full disk.
     """
-    accelerator = accelerate(options, folder.path)
     tokenizer.to(accelerator.device).eval().requires_grad_(False)
     model = Through(generator, generator.loss)
     optimizer = adamw(model, options)

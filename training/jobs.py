@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from sampling.guidance import Guidance
 from sampling.sampler import Sampler
 from tokenizers_vis.protocol import Tokenizer
 from training.generator_loop import Sample, train_generator
-from training.loop import Batch, Stream, TrainOptions
+from training.loop import Batch, Stream, TrainOptions, accelerate
 from training.losses import TokenizerObjective
 from training.options import Config
 from training.run import CLASSES, RunError, RunFolder, claim, load_run
@@ -37,21 +37,23 @@ LOADING = ("batch_size", "balanced", "workers", "held_out")  # keys of the secti
 def tokenizer_job(config: Config) -> bool:
     """Train what a configuration of `options.tokenizer_parser` describes; False where it was finished before."""
     options = TrainOptions(**config["train"])
+    accelerator = accelerate(options, Path(config["out"]))
     pictures = _pictures(config["data"], split="train")
     set_seed(config["seed"])
     tokenizer = build(config["tokenizer"], CLASSES)
     objective = TokenizerObjective(**config["objective"])
     folder = RunFolder(Path(config["out"]), "tokenizer", config["tokenizer"], pictures.describe(), config["seed"])
-    if not _begin(folder, config, options):
+    if not _begin(folder, config, options.steps, accelerator):
         return False
-    held_out = _held_out(config["data"], classes=pictures.classes)
-    train_tokenizer(tokenizer, objective, _stream(config, pictures), options, folder, held_out=held_out)
+    stream, held_out = _stream(config, pictures), _held_out(config["data"], pictures.classes, accelerator)
+    train_tokenizer(tokenizer, objective, stream, options, folder, accelerator, held_out=held_out)
     return True
 
 
 def generator_job(config: Config) -> bool:
     """Train what a configuration of `options.generator_parser` describes; False where it was finished before."""
     options = TrainOptions(**config["train"])
+    accelerator = accelerate(options, Path(config["out"]))
     source = load_run(config["tokenizer_run"])
     spec = source.tokenizer.spec
     data = {**config["data"], "size": spec.decoded[1]}
@@ -63,7 +65,7 @@ def generator_job(config: Config) -> bool:
     set_seed(config["seed"])
     generator = build(record, CLASSES, spec=spec)
     folder = RunFolder(Path(config["out"]), "generator", record, lessons.describe(), config["seed"], source)
-    if not _begin(folder, config, options):
+    if not _begin(folder, config, options.steps, accelerator):
         return False
     train_generator(
         generator,
@@ -71,7 +73,8 @@ def generator_job(config: Config) -> bool:
         _stream(config, lessons),
         options,
         folder,
-        held_out=_held_out(data, classes=lessons.classes),
+        accelerator,
+        held_out=_held_out(data, lessons.classes, accelerator),
         sample=class_grid(source.tokenizer, config["sampler"], len(lessons.classes), config["seed"]),
     )
     return True
@@ -107,14 +110,13 @@ def class_grid(tokenizer: Tokenizer, sampler: Mapping[str, Any], classes: int, s
     return sample
 
 
-def _begin(folder: RunFolder, config: Config, options: TrainOptions) -> bool:
+def _begin(folder: RunFolder, config: Config, steps: int, accelerator: Accelerator) -> bool:
     """Claim the folder, once for all processes; whether anything is left to do."""
-    processes = PartialState()
-    if processes.is_main_process:
+    if accelerator.is_main_process:
         claim(folder.path, config, config["resume"])
         folder.begin()
-    processes.wait_for_everyone()
-    return not folder.finished(options.steps)
+    accelerator.wait_for_everyone()
+    return not folder.finished(steps)
 
 
 def _pictures(data: Mapping[str, Any], split: str, **more: Any) -> PictureSet:
@@ -128,12 +130,11 @@ def _stream(config: Config, lessons: Samples) -> Stream:
     )
 
 
-def _held_out(data: Mapping[str, Any], classes: Sequence[str]) -> list[Batch]:
+def _held_out(data: Mapping[str, Any], classes: Sequence[str], accelerator: Accelerator) -> list[Batch]:
     """A few batches of split val, this process's own, the same ones throughout."""
     if not data["held_out"]:
         return []
-    processes = PartialState()
+    rank, world = accelerator.process_index, accelerator.num_processes
     pictures = _pictures({**data, "flip": False}, split="val", classes=classes)
-    size = min(data["batch_size"], len(pictures) // processes.num_processes)
-    rank, world = processes.process_index, processes.num_processes
+    size = min(data["batch_size"], len(pictures) // world)
     return list(islice(batches(pictures, size, seed=0, rank=rank, world=world), data["held_out"]))

@@ -32,19 +32,21 @@ class PublishedError(ValueError):
     """A published file that is not at hand, or is another one; the message says where to get it and how to name it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Entry:
     """A row of configs/published.
 
-    file, nested: the file in the repository `hub`, and the entry of it that holds the tensors (None: flat). config: the
-    original constructor arguments. parameters: millions, as published. sha256: None where not known. ignored: pattern
-    of keys no model needs -> reason. Of a generator: the tokenizer that decodes it, with what differs from that one's
-    config; what it is conditioned by; recipe, the Sampler's arguments (filter, guidance). reported: the published
+    file, nested: the file in the repository `hub`, and the entry of it that holds the tensors (None: flat). sha256: None
+    where not known. parameters: millions, as published. config: the original constructor arguments. ignored: pattern of
+    keys that no model needs -> reason. Of a generator: condition, what it is told; the tokenizer that decodes it, with
+    what differs from that one's config; recipe, the Sampler's arguments (filter, guidance). reported: the published
     numbers, each with metric, value and its protocol.
     """
 
     name: str
     kind: Literal["tokenizer", "generator"]
+    paper: dict[str, str]
+    licence: str
     family: str
     hub: str
     file: str
@@ -52,14 +54,12 @@ class Entry:
     sha256: str | None
     parameters: float
     config: dict[str, Any]
-    paper: dict[str, str]
-    licence: str
     ignored: dict[str, str]
-    reported: list[dict[str, Any]]
     condition: str | None = None
     tokenizer: str | None = None
     tokenizer_config: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reported: list[dict[str, Any]]
 
     @property
     def url(self) -> str:
@@ -74,19 +74,16 @@ class Entry:
 def entries() -> dict[str, Entry]:
     """All published checkpoints by name, as the files list them."""
     found = {}
-    folder = files("configs").joinpath("published")
-    for file in sorted(folder.iterdir(), key=lambda file: file.name):
+    for file in sorted(files("configs").joinpath("published").iterdir(), key=str):
         if not file.name.endswith(".yaml"):
             continue
         family = yaml.safe_load(file.read_text(encoding="utf-8"))
         for kind in ("tokenizer", "generator"):
             for name, row in family.get(f"{kind}s", {}).items():
-                reported = [
-                    {**number, "protocol": family["protocols"][number["protocol"]]} for number in row["reported"]
-                ]
-                shared = {"paper": family["paper"], "licence": family["licence"]}
-                ignored = family["ignored"].get(row["family"], {})
-                found[name] = Entry(name, kind, **{**row, **shared, "ignored": ignored, "reported": reported})
+                row |= {key: family[key] for key in ("paper", "licence")}
+                row["ignored"] = family["ignored"].get(row["family"], {})
+                row["reported"] = [{**n, "protocol": family["protocols"][n["protocol"]]} for n in row["reported"]]
+                found[name] = Entry(name=name, kind=kind, **row)
     return found
 
 

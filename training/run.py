@@ -64,6 +64,22 @@ class Run:
     def tokenizer_sha256(self) -> str:
         return self.record["modules"]["tokenizer"]["sha256"]
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """How the run itself draws its sample grids: arguments of Sampler, as plain values; none for a tokenizer's."""
+        return yaml.safe_load((self.path / "config.yaml").read_text()).get("sampler", {})
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a number made with this run must carry."""
+        checksums = {name: entry["sha256"] for name, entry in self.record["modules"].items()}
+        return {
+            "run": self.path.name,
+            "step": self.record["step"],
+            "data": self.record["data"]["name"],
+            "sha256": checksums,
+        }
+
 
 class NotWritten(OSError):
     """A file or folder that could not be written: the message says which, what it needs and what is free."""

@@ -22,7 +22,6 @@ from training.loop import (
     Through,
     TrainOptions,
     Watch,
-    accelerate,
     adamw,
     due,
     export_state,
@@ -44,6 +43,7 @@ def train_tokenizer(
     stream: Stream,
     options: TrainOptions,
     folder: RunFolder,
+    accelerator: Accelerator,
     *,
     held_out: Sequence[Batch] = (),
 ) -> None:
@@ -52,7 +52,6 @@ def train_tokenizer(
     held_out: batches whose reconstruction is scored, the first pictures shown above theirs; on every process its own.
     Raises TrainingDiverged at a number that is not finite, NotWritten on a full disk.
     """
-    accelerator = accelerate(options, folder.path)
     optimizer = adamw(tokenizer, options)
     model, optimizer = accelerator.prepare(tokenizer, optimizer)
     in_training, optimizers = [model], [optimizer]

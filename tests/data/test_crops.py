@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.crops import TRANSFORMS, center_crop_arr, flip, random_crop_arr, ten_crop, var_center_crop
+from data.crops import TRANSFORMS, center_crop_arr, mirrored, random_crop_arr, ten_crop, var_center_crop
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -57,9 +57,9 @@ def test_ten_crops_are_five_windows_and_those_of_the_mirror_picture() -> None:
     windows = [wide[y : y + 32, x : x + 32] for y, x in ((0, 0), (0, 4), (4, 0), (4, 4), (2, 2))]
     crops = ten_crop(image, 32, 1.15)
     assert np.array_equal(crops[:5], windows)
-    mirrored = flip(wide)
+    mirror_picture = mirrored(wide)
     assert np.array_equal(
-        crops[5:], [mirrored[y : y + 32, x : x + 32] for y, x in ((0, 0), (0, 4), (4, 0), (4, 4), (2, 2))]
+        crops[5:], [mirror_picture[y : y + 32, x : x + 32] for y, x in ((0, 0), (0, 4), (4, 0), (4, 4), (2, 2))]
     )
 
 

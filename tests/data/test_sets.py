@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import pickle
 from collections import Counter
 from pathlib import Path
 from traceback import clear_frames
@@ -130,6 +131,12 @@ def test_description_holds_what_a_result_must_carry() -> None:
     assert wanted.items() <= facts.items() and facts["classes"] == sorted(CATEGORIES)
     assert facts["sha256"] == json.loads((ASSETS / "emoji32.json").read_text())["sha256"]
     assert pictures[0]["image"].shape == (10, 3, 16, 16)
+
+
+def test_a_set_can_be_sent_to_another_process(damaged: Path) -> None:
+    for pictures in (open_set("digits", split="val"), open_set("folder", split="train", root=str(damaged))):
+        sent = pickle.loads(pickle.dumps(pictures))
+        assert torch.equal(sent[5]["image"], pictures[5]["image"]) and sent.describe() == pictures.describe()
 
 
 def test_mirroring_spares_classes_that_change_their_meaning() -> None:

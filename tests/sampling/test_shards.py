@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sampling.shards import SampleError, Shards, plan_labels, to_uint8
+from sampling.shards import SampleError, Shards, plan_labels
 
 LABELS = torch.arange(23) % 5
 SETTINGS = {"seed": 1, "sampler": {"top_k": 3}}
@@ -78,8 +78,3 @@ def test_label_plans() -> None:
     assert ((counts - 10_000) ** 2 / 10_000).sum() < 13.8  # chi-square, 2 degrees of freedom: 1 seed in 1,000 fails
     with pytest.raises(ValueError, match="'balanced' or 'random'"):
         plan_labels(3, 3, "all", 0)
-
-
-def test_the_uint8_rule_truncates() -> None:
-    values = torch.tensor([-1.5, -1.0, 0.0, 0.999, 1.0, 2.0]).reshape(1, 1, 1, 6).expand(1, 3, 1, 6)
-    assert to_uint8(values)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255, 255]

@@ -51,8 +51,8 @@ def assert_same_run(found: Path, wanted: Path, kind: str) -> None:
     for name in ("tokenizer.safetensors", f"{kind}.safetensors"):
         assert (found / name).read_bytes() == (wanted / name).read_bytes()
     assert tiny.journal(found) == tiny.journal(wanted)
-    pictures = [sorted(path.name for path in (run / "samples").iterdir()) for run in (found, wanted)]
-    assert pictures[0] == pictures[1]
+    for picture in (wanted / "samples").glob("*.png"):
+        assert (found / "samples" / picture.name).read_bytes() == picture.read_bytes()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -66,7 +66,7 @@ def test_killed_at_any_time(kind: str, seed: int, whole: dict[str, tuple[Path, W
     assert_same_run(out, wanted, kind)
 
 
-@pytest.mark.parametrize("call", [1, 2, 3, 5, 9, 14, 17, 20, 26])
+@pytest.mark.parametrize("call", [1, 2, 9, 20, 30, 45, 60, 68])
 def test_killed_while_it_writes(call: int, whole: dict[str, tuple[Path, Work]], tmp_path: Path) -> None:
     wanted, work = whole["generator"]
     assert run_in_process(tiny.die_at_call, call, work, tmp_path / "run") == -9

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from data.loader import batches
@@ -20,7 +21,7 @@ from generators.protocol import Generator
 from layers.record import build
 from tokenizers_vis.protocol import Tokenizer
 from training.generator_loop import train_generator
-from training.loop import Stream, TrainOptions
+from training.loop import Stream, TrainOptions, accelerate
 from training.losses import TokenizerObjective
 from training.run import CLASSES, RunFolder, claim, load_run
 from training.tokenizer_loop import train_tokenizer
@@ -87,16 +88,24 @@ def make_tokenizer(seed: int = 0, **changed: Any) -> Tokenizer:
     return build({**TOKENIZER, "init_args": {**TOKENIZER["init_args"], **changed}}, CLASSES)
 
 
-def run_tokenizer(out: Path, steps: int = 10, resume: bool = True, **options: Any) -> None:
-    """Train the tiny tokenizer with an adversary, or go on with it."""
+def begin(folder: RunFolder, options: TrainOptions, resume: bool = True) -> Accelerator:
     torch.set_num_threads(1)
-    claim(out, {"train": {"lr": QUICK["lr"]}}, resume)
-    folder = RunFolder(out, "tokenizer", TOKENIZER, Pictures().describe(), seed=0)
-    folder.begin()
-    made = TrainOptions(steps=steps, **{**QUICK, **options})
+    accelerator = accelerate(options, folder.path)
+    if accelerator.is_main_process:
+        claim(folder.path, {"train": {"lr": options.lr}}, resume)
+        folder.begin()
+    accelerator.wait_for_everyone()
     torch.manual_seed(0)
+    return accelerator
+
+
+def run_tokenizer(out: Path, steps: int = 10, **changed: Any) -> None:
+    """Train the tiny tokenizer with an adversary, or go on with it."""
+    options = TrainOptions(steps=steps, **{**QUICK, **changed})
+    folder = RunFolder(out, "tokenizer", TOKENIZER, Pictures().describe(), seed=0)
+    accelerator = begin(folder, options)
     tokenizer, objective = build(TOKENIZER, CLASSES), TokenizerObjective(**ADVERSARIAL)
-    train_tokenizer(tokenizer, objective, stream(), made, folder, held_out=held_out())
+    train_tokenizer(tokenizer, objective, stream(), options, folder, accelerator, held_out=held_out())
 
 
 def random_rows(generator: Generator) -> list[Tensor]:
@@ -104,17 +113,34 @@ def random_rows(generator: Generator) -> list[Tensor]:
     return list(torch.rand(2, 2, 3, 8, 8))
 
 
-def run_generator(out: Path, tokenizer_run: Path, steps: int = 10, resume: bool = True, **options: Any) -> None:
+def run_generator(out: Path, tokenizer_run: Path, steps: int = 10, **changed: Any) -> None:
     """Train the tiny generator, or go on with it."""
-    torch.set_num_threads(1)
-    source = load_run(tokenizer_run)
-    claim(out, {"train": {"lr": QUICK["lr"]}}, resume)
+    options, source = TrainOptions(steps=steps, **{**QUICK, **changed}), load_run(tokenizer_run)
     folder = RunFolder(out, "generator", GENERATOR, Pictures().describe(), 0, source)
-    folder.begin()
-    made = TrainOptions(steps=steps, **{**QUICK, **options})
-    torch.manual_seed(0)
+    accelerator = begin(folder, options)
     generator = build(GENERATOR, CLASSES, spec=source.tokenizer.spec)
-    train_generator(generator, source.tokenizer, stream(), made, folder, held_out=held_out(), sample=random_rows)
+    more = {"held_out": held_out(), "sample": random_rows}
+    train_generator(generator, source.tokenizer, stream(), options, folder, accelerator, **more)
+
+
+def export_tokenizer(path: Path, seed: int = 0) -> Tokenizer:
+    """A finished run of a tokenizer with its first weights."""
+    folder = RunFolder(path, "tokenizer", TOKENIZER, Pictures().describe(), seed=0)
+    folder.begin()
+    tokenizer = make_tokenizer(seed)
+    folder.export(tokenizer.state_dict(), tokenizer.spec, step=7)
+    return tokenizer.eval()
+
+
+def run_still(out: Path, tokenizer_run: Path, batch_size: int, accumulation: int = 1) -> None:
+    """5 steps of the tiny generator in float64, nothing random in its loss."""
+    options, source = TrainOptions(steps=5, accumulation=accumulation, **QUICK), load_run(tokenizer_run)
+    still = {"dropout": 0.0, "token_dropout": 0.0, "condition_drop": 0.0}
+    record = {**GENERATOR, "init_args": {**GENERATOR["init_args"], **still}}
+    folder = RunFolder(out, "generator", record, Pictures().describe(), 0, source)
+    accelerator = begin(folder, options)
+    generator = build(record, CLASSES, spec=source.tokenizer.spec).double()
+    train_generator(generator, source.tokenizer, stream(batch_size), options, folder, accelerator)
 
 
 def journal(out: Path) -> list[dict[str, float]]:
