@@ -136,7 +136,7 @@ def train_classifier(
         logits = model(bend(images[rows], rng).to(device))
         loss = F.cross_entropy(logits, labels[rows].to(device), label_smoothing=0.05)
         if not loss.isfinite():
-            raise ValueError(f"train_classifier: the loss is {float(loss)} at step {step}; are all pixels finite?")
+            raise ValueError(f"train_classifier: the loss is {loss.item()} at step {step}; are all pixels finite?")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

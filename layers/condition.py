@@ -7,10 +7,14 @@ from torch import Tensor, nn
 from layers.spec import Condition
 
 
+class LabelError(ValueError):
+    """A class id that a model does not know."""
+
+
 class LabelEmbedding(nn.Module):
     """label int64 (b,) -> (b, 1, dim). Row num_classes of the table is the null class, taken where keep is False.
 
-    Raises ValueError for a condition without labels, or with labels outside [0, num_classes].
+    Raises ValueError for a condition without labels.
     """
 
     def __init__(self, num_classes: int, dim: int) -> None:
@@ -52,7 +56,7 @@ class TextEmbedding(nn.Module):
 
 
 def check_labels(label: Tensor, num_classes: int) -> None:
-    """Raises ValueError naming the first label outside [0, num_classes]. Waits for the device: ask it once, at the door."""
-    wrong = label[(label < 0) | (label > num_classes)]
+    """Raises LabelError naming the first label outside [0, num_classes). Waits for the device: ask it once, at the door."""
+    wrong = label[(label < 0) | (label >= num_classes)]
     if len(wrong):
-        raise ValueError(f"class id {int(wrong[0])} is out of range: this model knows 0 to {num_classes - 1}")
+        raise LabelError(f"class id {int(wrong[0])} is out of range: this model knows 0 to {num_classes - 1}")

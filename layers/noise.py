@@ -56,8 +56,10 @@ class Noise:
         blocks = (flat + 1) // 2  # a block of four words makes two numbers
         index = self.index[:, None, None]
         place = (place if place.dim() == 2 else place[None])[..., None].expand(len(index), -1, 1)
-        part = torch.as_tensor(part, device=place.device)
-        part = part.reshape(part.shape + (1,) * (3 - part.dim())) if part.dim() else part
+        if isinstance(part, int):
+            part = torch.full((), part, device=place.device)  # filled there: no copy for the device to wait for
+        else:
+            part = part.reshape(part.shape + (1,) * (3 - part.dim()))
         block = torch.arange(blocks, device=place.device)
         index, place, part, block = torch.broadcast_tensors(index, place, part, block)
         words = philox((index, place, part, block), (self.seed, crc32(use.encode())))

@@ -8,7 +8,6 @@ Sample i is a function of the seed, i and its class alone: not of batch size, pr
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,16 +20,16 @@ from tqdm import tqdm
 from eval.pixels import UINT8_RULES, to_uint8
 from eval.report import save_grid
 from generators.protocol import Generator
-from layers.checkpoint import CheckpointError, read_tensors
-from layers.keymap import CheckpointMismatch
+from layers.checkpoint import read_tensors
 from layers.noise import Noise
 from layers.packed import pack_linears
 from layers.spec import Condition
 from sampling.decode import generate
 from sampling.sampler import Sampler
-from sampling.shards import SampleError, Shards, plan_labels
+from sampling.shards import Shards, plan_labels
 from tokenizers_vis.protocol import Tokenizer
-from training.published import PublishedError, load_published
+from training.options import command_line
+from training.published import load_published
 from training.run import RunError, load_run, versions
 
 BLOCK = 256  # samples of one file of a large run
@@ -44,9 +43,7 @@ def parser() -> ArgumentParser:
     )
     made.add_argument("--weights", type=str | None, default=None, help="Local file of the published generator.")
     made.add_argument("--tokenizer-weights", type=str | None, default=None, help="Local file of its tokenizer.")
-    made.add_argument(
-        "--classes", type=list[int] | None, nargs="+", default=None, help="Class ids. Default: all, at most 100."
-    )
+    made.add_argument("--classes", type=int, nargs="+", default=None, help="Class ids. Default: all, at most 100.")
     made.add_argument("--per-class", type=int, default=8, help="Samples of each class in the grid.")
     made.add_argument(
         "--text-features", type=str | None, default=None, help="safetensors with text (N, S, D), text_mask (N, S)."
@@ -89,8 +86,10 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer, generator, recipe, source = found.tokenizer, found.generator, found.recipe, found.provenance
     cli.set_defaults({f"sampler.{key}": value for key, value in _leaves(recipe)})  # the recipe, but for what was asked
     options = cli.parse_args(arguments)
-    sampler: Sampler = cli.instantiate_classes(options).sampler
+    sampler: Sampler = cli.instantiate(options).sampler
     generator.to(getattr(torch, options.dtype))
+    if options.dtype == "float64":
+        tokenizer.double()
     if device.type == "cpu" and not options.compile:
         pack_linears(generator)
     if options.compile:
@@ -180,7 +179,4 @@ def _leaves(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RunError, CheckpointError, CheckpointMismatch, PublishedError, SampleError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    command_line(main)

@@ -1,7 +1,7 @@
 """Convolutional VQ autoencoder: an image becomes a grid of codebook entries, f = 2^(levels - 1) pixels apart.
 
-Paper: Sun et al. 2024, "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation" (arXiv:2406.06525,
-sec. 3.1, VQ-16 and VQ-8); the layout is VQGAN's (Esser et al. 2021, arXiv:2012.09841), the codebook small and on the
+Paper: Sun et al. 2024, "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation" (arXiv:2406.06525:
+VQ-16 and VQ-8); the layout is VQGAN's (Esser et al. 2021, arXiv:2012.09841), the codebook small and on the
 unit sphere (Yu et al. 2021, arXiv:2110.04627).
 
 Dims: B batch, H x W pixels, h x w = H/f x W/f grid, L = h*w tokens, D channels of a code,

@@ -4,12 +4,13 @@ Source: Polyak & Juditsky 1992; the warm-up of the decay is that of TensorFlow's
 export of a short run would otherwise still be full of the initial weights.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -37,15 +38,20 @@ class EMA:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within, the model's parameters are the averages; after, they are its own again, bit for bit."""
-        parameters = list(self.model.parameters())
-        own = [parameter.detach().clone() for parameter in parameters]
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, list(self.average.values()))
+        own = [parameter.detach().clone() for parameter in self.model.parameters()]
+        self._put(self.average.values())
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(parameters, own)
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # a forward without a backward has left it whole
+            self._put(own)
+
+    @torch.no_grad()
+    def _put(self, values: Iterable[Tensor]) -> None:
+        for parameter, value in zip(self.model.parameters(), values, strict=True):
+            parameter.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         whole = {name: a.full_tensor() if isinstance(a, DTensor) else a for name, a in self.average.items()}

@@ -25,6 +25,7 @@ from training.loop import (
     Watch,
     adamw,
     due,
+    evaluated,
     export_state,
     reseed,
     save_grid,
@@ -87,12 +88,10 @@ def train_generator(
             watch.check(checkpoints.newest)
             journal.write(done, {**watch.read(), "lr": lr, **journal.throughput()})
         if due(done, options.sample_every, options.steps):
-            model.eval()
             reseed(folder.seed, 0, rank)  # the same draws every time
-            with average.applied(), torch.no_grad():
+            with evaluated(model, average):
                 losses = [model(*lesson(batch, tokenizer, accelerator.device))[0] for batch in held_out]
                 rows = sample(generator) if sample else None
-            model.train()
             if losses:
                 loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
                 journal.write(done, {"held_out_loss": loss.item()})

@@ -5,6 +5,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,10 +15,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torchvision.utils import make_grid, save_image
 
 from layers.checkpoint import write_atomic
+from training.ema import EMA
 from training.run import naming_failure
 
 Batch = dict[str, Tensor]
@@ -148,10 +152,22 @@ def update(
     if accelerator.sync_gradients:
         limit = math.inf if options.clip is None else options.clip
         norm = accelerator.clip_grad_norm_(module.parameters(), limit)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of sharded parameters
         watched = {} if accelerator.scaler is not None else {"gradient_norm": norm}
     optimizer.step()
     optimizer.zero_grad()
     return watched
+
+
+@contextmanager
+def evaluated(model: nn.Module, average: EMA) -> Iterator[None]:
+    """Within, a prepared model has its averaged weights and is in eval mode."""
+    model.eval()
+    with average.applied(), torch.no_grad():
+        if isinstance(model, FSDPModule):
+            model.unshard()  # what lies outside its blocks is whole for other methods than forward
+        yield
+    model.train()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

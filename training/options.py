@@ -19,12 +19,15 @@ from data.errors import DataError
 from data.sets import open_set
 from generators.protocol import Generator
 from layers.checkpoint import CheckpointError
+from layers.condition import LabelError
 from layers.keymap import CheckpointMismatch
 from layers.record import UnknownName
 from sampling.sampler import Sampler
+from sampling.shards import SampleError
 from tokenizers_vis.protocol import Tokenizer
 from training.loop import TrainingDiverged, TrainOptions
 from training.losses import TokenizerObjective
+from training.published import PublishedError
 from training.run import CLASSES, NotWritten, RunError
 
 Config = dict[str, Any]
@@ -37,7 +40,7 @@ class ConfigError(ValueError):
 
 USERS = (  # errors whose message says what to do
     *(ConfigError, DataError, RunError, CheckpointError, CheckpointMismatch, UnknownName),
-    *(TrainingDiverged, NotWritten),
+    *(TrainingDiverged, NotWritten, LabelError, SampleError, PublishedError),
 )
 
 

@@ -24,6 +24,7 @@ from training.loop import (
     Watch,
     adamw,
     due,
+    evaluated,
     export_state,
     reseed,
     save_grid,
@@ -97,10 +98,8 @@ def train_tokenizer(
             watch.check(checkpoints.newest)
             journal.write(done, {**watch.read(), "lr": lr, **journal.throughput()})
         if held_out and due(done, options.sample_every, options.steps):
-            model.eval()
-            with average.applied():
+            with evaluated(model, average):
                 scores = score(tokenizer, held_out, accelerator, folder.path / f"samples/step_{done:08d}.png")
-            model.train()
             journal.write(done, scores)
         if due(done, options.save_every, options.steps):
             watch.check(checkpoints.newest)
@@ -113,7 +112,6 @@ def train_tokenizer(
     accelerator.end_training()
 
 
-@torch.no_grad()
 def score(tokenizer: Tokenizer, held_out: Sequence[Batch], accelerator: Accelerator, picture: Path) -> dict[str, float]:
     """Mean squared error and PSNR of clamped reconstructions, range 2, mean over pictures; use of the codebook."""
     errors, ids = [], []

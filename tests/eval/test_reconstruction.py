@@ -98,7 +98,7 @@ def test_both_sides_obey_the_rule() -> None:
 
 def test_errors() -> None:
     scorer = ReconstructionScorer("made", "real")
-    with pytest.raises(PictureError, match="made: reconstructions .* of originals"):
+    with pytest.raises(PictureError, match=r"made: reconstructions .* of originals"):
         scorer.update(torch.zeros(2, 3, 16, 16), torch.zeros(2, 3, 16, 32))
     with pytest.raises(PictureError, match="made: holds no pictures"):
         scorer.scores({}, {}, 1, "cpu")

@@ -43,7 +43,7 @@ def tokens(rows: int, seed: int = 0) -> Tensor:
 
 
 CONDITIONS = {
-    "class": (labels(0, 5, 6), {}),
+    "class": (labels(0, 5, 2), {}),
     "text": (captions(3), {"num_classes": None, "text_dim": 8, "text_slots": 6}),
 }
 
@@ -104,7 +104,7 @@ def test_score_gives_the_law_of_every_drafted_token_and_of_the_one_after(kind: s
 
 @pytest.mark.parametrize("to", [[0, 0, 0], [0, 4, 9], [2, 2, 7]])
 def test_rewind_forgets_all_but_the_first_tokens(to: list[int]) -> None:
-    model, given, condition = randomised(), tokens(3), labels(0, 5, 6)
+    model, given, condition = randomised(), tokens(3), labels(0, 5, 2)
     full = model.logits(given, condition)
     state = model.begin([condition], Noise(0, torch.arange(3)))
     for place in range(9):
@@ -224,8 +224,8 @@ def test_what_cannot_be_served_is_refused_at_construction(settings: dict[str, ob
 
 def test_bad_requests_name_the_value_and_the_range() -> None:
     model, noise = randomised(), Noise(0, torch.arange(1))
-    with pytest.raises(ValueError, match="class id 7 is out of range: this model knows 0 to 5"):
-        model.begin([labels(7)], noise)
+    with pytest.raises(ValueError, match="class id 6 is out of range: this model knows 0 to 5"):
+        model.begin([labels(6)], noise)
     with pytest.raises(ValueError, match="class-conditional"):
         model.begin([captions(1)], noise)
     with pytest.raises(ValueError, match="length is 21, this generator makes 1 to 20"):

@@ -1,6 +1,6 @@
 """Entropy terms: each vector sure of its code, the batch spread over all codes.
 
-Source: Yu et al. 2023, MAGVIT-v2 (arXiv:2310.05737, eq. 5). With p_n = softmax(logits_n / T) over V codes:
+Source: Yu et al. 2023, MAGVIT-v2 (arXiv:2310.05737, sec. 3.1). With p_n = softmax(logits_n / T) over V codes:
   sample = mean_n H(p_n), codebook = H(mean_n p_n); a training objective adds w1 * sample - w2 * codebook.
 """
 

@@ -16,15 +16,16 @@ SLACK = 1e-3  # the bound reaches a little beyond the outermost levels
 
 
 class FSQ(Quantizer):
-    """levels: L_i per channel, each at least 2; V is their product. Codes lie on a grid in [-1, 1]^D.
+    """levels: L_i per channel, each at least 3; V is their product. Codes lie on a grid in [-1, 1]^D.
 
-    ids: the level of the first channel varies fastest. The gradient passes the rounding, not the bound (tanh).
+    ids: the level of the first channel varies fastest. The gradient passes straight through the rounding, and through
+    the bound (tanh) as it is. Raises ValueError for fewer levels: the shifted bound saturates at 2.
     """
 
     def __init__(self, levels: Sequence[int]) -> None:
         super().__init__()
-        if min(levels) < 2:
-            raise ValueError(f"FSQ: levels are {list(levels)}, each must be at least 2")
+        if min(levels) < 3:
+            raise ValueError(f"FSQ: levels are {list(levels)}, each must be at least 3; for 2 there is LFQ")
         self.dim, self.vocab_size = len(levels), prod(levels)
         sizes = torch.tensor(levels)
         self.register_buffer("sizes", sizes, persistent=False)

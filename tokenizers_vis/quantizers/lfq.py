@@ -1,7 +1,7 @@
 """Lookup-free quantisation: a code is the signs of a vector, its id their bits.
 
 Sources: Yu et al. 2023, MAGVIT-v2 (arXiv:2310.05737, sec. 3.1); with spherical=True Zhao et al. 2024, BSQ
-(arXiv:2406.07548, sec. 4): vectors on the unit sphere, codes at the corners of the cube inside it.
+(arXiv:2406.07548): vectors on the unit sphere, codes at the corners of the cube inside it.
 """
 
 import torch

@@ -2,7 +2,7 @@
 
 VectorQuantizer            rows are parameters      van den Oord et al. 2017, VQ-VAE (arXiv:1711.00937); with
                                                     normalize=True Yu et al. 2021, ViT-VQGAN (arXiv:2110.04627)
-StochasticVectorQuantizer  the same, drawn          Wang et al. 2024, LARP (arXiv:2410.21264, sec. 3.3)
+StochasticVectorQuantizer  the same, drawn          Wang et al. 2024, LARP (arXiv:2410.21264)
 EMAVectorQuantizer         rows are running means   VQ-VAE, appendix A.1; Razavi et al. 2019 (arXiv:1906.00446)
 SimVQ                      fixed rows x a matrix    Zhu et al. 2024 (arXiv:2411.02038)
 
@@ -34,7 +34,7 @@ def nearest(z: Tensor, rows: Tensor) -> Tensor:
 def rotate_to(z: Tensor, q: Tensor) -> Tensor:
     """The value of q; the gradient turns as z must turn to reach q, and stretches as z must stretch.
 
-    Source: Fifty et al. 2024, the rotation trick (arXiv:2410.06424, sec. 4.2). z, q (..., D).
+    Source: Fifty et al. 2024, the rotation trick (arXiv:2410.06424). z, q (..., D).
     """
     z0, q0 = z.detach(), q.detach()
     u, v = F.normalize(z0, dim=-1), F.normalize(q0, dim=-1)
@@ -153,7 +153,8 @@ class StochasticVectorQuantizer(VectorQuantizer):
 
     def probs(self, z: Tensor) -> Tensor:
         """z (..., D) -> the law of its code (..., V)."""
-        return self._law(self._space(at_least_float32(z)), self.codebook())
+        with torch.autocast(z.device.type, enabled=False):
+            return self._law(self._space(at_least_float32(z)), self.codebook())
 
     def _law(self, z: Tensor, rows: Tensor) -> Tensor:
         return (z @ rows.t() / self.temperature).softmax(-1)

@@ -1,0 +1,114 @@
+"""The FID network: its features, and every way in which its weights can fail to be the right ones."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from eval import inception
+from eval.features import FeatureError
+from eval.files import sha256_of
+from eval.inception import inception_network
+
+
+def pictures(count: int, size: int = 32) -> Tensor:
+    rng = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, size, size), generator=rng, dtype=torch.uint8)
+
+
+def test_features_are_those_of_torch_fidelity(inception_file: Path) -> None:
+    """Our loading and its loading of the same file agree on every feature, and so do batches of one and of three."""
+    network = inception_network(inception_file)
+    theirs = FeatureExtractorInceptionV3("reference", ["2048"], feature_extractor_weights_path=str(inception_file))
+    batch = pictures(3)
+    with torch.inference_mode():
+        features = network.extract(batch)["2048"]
+        assert torch.equal(features, theirs(batch)[0])
+        assert_close(network.extract(batch[:1])["2048"], features[:1], atol=1e-5, rtol=1e-5)
+    assert features.shape == (3, 2048) and features.dtype == torch.float32
+    assert features.isfinite().all() and features.std(0).max() > 0
+
+
+def test_pictures_are_resized_as_tensorflow_1_does(inception_file: Path) -> None:
+    """Source place = place * 32 / 299 without the half-pixel shift: a picture resized so by hand gives the same."""
+    network = inception_network(inception_file)
+    batch = torch.arange(32, dtype=torch.uint8).mul(8).expand(1, 3, 32, 32).contiguous()  # a ramp from left to right
+    place = torch.arange(299) * (32 / 299)
+    left, share = place.floor().long(), place - place.floor()
+    row = (
+        batch[0, 0, 0].float()[left] * (1 - share) + batch[0, 0, 0].float()[(left + 1).clamp_max(31)] * share
+    ).round()
+    by_hand = row.to(torch.uint8).expand(1, 3, 299, 299).contiguous()
+    half_pixel = F.interpolate(batch.float(), (299, 299), mode="bilinear", antialias=True).round().to(torch.uint8)
+    with torch.inference_mode():
+        ours, same, other = (network.extract(it)["2048"] for it in (batch, by_hand, half_pixel))
+    assert (ours - same).norm() < 0.2 * (ours - other).norm()
+
+
+def test_unpublished_weights_never_make_an_fid(inception_file: Path) -> None:
+    record = inception_network(inception_file).record
+    assert record.weights_sha256 == sha256_of(inception_file)
+    assert record.distance == "frechet_unpublished_inception_distance"
+    assert "unpublished" in record.name and not record.comparable_to_papers
+
+
+def test_the_published_checksum_makes_an_fid(inception_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inception, "SHA256_PREFIX", sha256_of(inception_file)[:8])
+    record = inception_network(inception_file).record
+    assert record.distance == "fid" and record.comparable_to_papers
+
+
+@pytest.mark.parametrize("name", [inception.FILE, inception.SAME_CONTENT])
+def test_a_file_downloaded_before_is_found_under_either_name(
+    name: str, inception_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inception, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(inception, "URL_INCEPTION_V3", "http://127.0.0.1:9/none.pth")
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(inception_file, tmp_path / "checkpoints" / name)
+    assert inception_network().record.weights_sha256 == sha256_of(inception_file)
+
+
+def test_without_a_network_the_error_says_what_to_get(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inception, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(inception, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights-6726825d.pth")  # nobody listens
+    with pytest.raises(FeatureError) as caught:
+        inception_network()
+    for part in ("http://127.0.0.1:9/weights-6726825d.pth", "sha256 begins with 6726825d", "--inception-weights FILE"):
+        assert part in str(caught.value)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (Path("exploded"),)
+
+
+def test_files_that_are_not_these_weights(
+    inception_state: dict[str, Tensor], inception_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole = inception_file.read_bytes()
+    (tmp_path / "truncated.pth").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "page.pth").write_text("<!doctype html> not found")
+    torch.save({"weights": Bomb()}, tmp_path / "code.pth")
+    torch.save([torch.zeros(3)], tmp_path / "list.pth")
+    torch.save(inception_state | {"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "torchvision.pth")
+    faults = {
+        "missing.pth": "no such weights file",
+        "truncated.pth": "not a readable file of tensors",
+        "page.pth": "not a readable file of tensors",
+        "code.pth": "not a readable file of tensors",
+        "list.pth": "holds no flat dict of tensors",
+        "torchvision.pth": r"not the weights of the FID network[\s\S]*fc.weight",
+    }
+    for name, fault in faults.items():
+        with pytest.raises(FeatureError, match=fault) as caught:
+            inception_network(tmp_path / name)
+        assert name in str(caught.value) and "--inception-weights FILE" in str(caught.value)
+    assert not (tmp_path / "exploded").exists()
