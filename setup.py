@@ -33,6 +33,7 @@ setup(
         "accelerate>=1.10",
         "safetensors>=0.6",
         "huggingface_hub>=0.34",
+        "jinja2>=3.1",
         "jsonargparse[signatures]>=4.41",
         "lpips>=0.1.4",
         "matplotlib>=3.9",

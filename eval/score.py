@@ -33,7 +33,8 @@ class Seen:
 def look(network: FeatureNetwork, pictures: PictureSet, batch_size: int = 64) -> Seen:
     """Run all pictures through the network, keeping sums only.
 
-    Raises PictureError where the set does not hold what it says, or labels are none of the network's classes.
+    Raises PictureError where the set does not hold what it says, or less than two pictures, or labels that are none of
+    the network's classes.
     """
     statistics = FeatureStatistics(network.record.dim, network.device)
     digest, right = PixelDigest(pictures.name), None
@@ -52,6 +53,8 @@ def look(network: FeatureNetwork, pictures: PictureSet, batch_size: int = 64) ->
             bar.update(len(batch))
     if digest.count != pictures.count:
         raise PictureError(f"{pictures.name}: said to hold {pictures.count} pictures, gave {digest.count}")
+    if digest.count < 2:
+        raise PictureError(f"{pictures.name}: holds {digest.count} pictures, a covariance needs at least 2")
     dtype = str(network.dtype).removeprefix("torch.")
     computation = Computation(str(network.device), dtype, batch_size, library_versions())
     record = digest.record(pictures.origin)

@@ -94,7 +94,6 @@ def demo(out: Path = Path("runs/demo"), data: str = "digits", seed: int = 0, sha
     metrics = {
         **values,
         "frechet": frechet,
-        "codebook_usage": usage.usage(),
         "compute_seconds": sum(clock.seconds.values()),
         "peak_memory_bytes": peak,
         "provenance": {name: score.record() for name, score in scores.items()} | {"run": run.provenance},
@@ -104,7 +103,6 @@ def demo(out: Path = Path("runs/demo"), data: str = "digits", seed: int = 0, sha
     write_json(out / "metrics.json", metrics)  # last: it says that the demo is finished
     for name, value in {**values, **{f"frechet.{name}": value for name, value in frechet.items()}}.items():
         print(f"{name:28s} {value:10.4f}")
-    print(f"{'codebook_usage':28s} {metrics['codebook_usage']:10.4f}")
     print(f"{out / 'report.html'}: {metrics['compute_seconds']:.0f} s of computing, {peak / 2**20:.0f} MiB at most")
 
 
@@ -204,7 +202,7 @@ def measure(
     usage.update(tokens)
     rebuilt = ReconstructionScorer("reconstructions", held_out.name)
     rebuilt.update(again, held_out.images)
-    psnr, _, ssim = rebuilt.scores(run.provenance, held_out.record, BATCH, "cpu")
+    rebuilt_scores = rebuilt.scores(run.provenance, held_out.record, BATCH, "cpu", usage)
     noise = Noise(seed, torch.arange(count)).uniform("token", torch.arange(spec.length))
     uniform = in_batches(lambda index: run.tokenizer.decode((noise[index] * spec.vocab_size).long()), count, "uniform")
     made_by = {
@@ -219,10 +217,9 @@ def measure(
     samples = look(network, from_tensor("samples", to_uint8(made), Origin.of_samples(made_by), labels), BATCH)
     chance = look(network, from_tensor("uniform tokens", to_uint8(uniform), Origin.of_samples(nothing)), BATCH)
     scores = {
-        "classifier_accuracy": accuracy_score(real),
+        "classifier_accuracy": accuracy_score(real, "classifier_accuracy"),
         "label_accuracy": accuracy_score(samples),
-        "reconstruction_psnr_db": psnr,
-        "reconstruction_ssim": ssim,
+        **{f"{'' if 'codebook' in score.name else 'reconstruction_'}{score.name}": score for score in rebuilt_scores},
         "frechet.samples": frechet_score(samples, real),
         "frechet.real_floor": frechet_score(train.seen(network, count), real),
         "frechet.uniform_tokens": frechet_score(chance, real),

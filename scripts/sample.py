@@ -86,7 +86,10 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer, generator, recipe, source = found.tokenizer, found.generator, found.recipe, found.provenance
     cli.set_defaults({f"sampler.{key}": value for key, value in _leaves(recipe)})  # the recipe, but for what was asked
     options = cli.parse_args(arguments)
-    sampler: Sampler = cli.instantiate(options).sampler
+    try:
+        sampler: Sampler = cli.instantiate(options).sampler
+    except ValueError as error:  # a setting out of its range
+        cli.error(str(error))
     generator.to(getattr(torch, options.dtype))
     if options.dtype == "float64":
         tokenizer.double()

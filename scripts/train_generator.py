@@ -1,7 +1,8 @@
 """Train a generator on the tokens of a finished tokenizer run.
 
-accelerate launch scripts/train_generator.py --config configs/generators/digits.yaml --out runs/digits
-accelerate launch scripts/train_generator.py --config ... --out ... --resume      # continue; --key.sub value overrides
+accelerate launch scripts/train_generator.py --config configs/generators/digits_next_token.yaml
+accelerate launch scripts/train_generator.py --config ... --train.lr 3e-4 --out runs/other     # any key of the file
+accelerate launch scripts/train_generator.py --config ... --resume                             # continue
 """
 
 from training.jobs import generator_job

@@ -1,7 +1,8 @@
 """Train a tokenizer.
 
-accelerate launch scripts/train_tokenizer.py --config configs/tokenizers/digits.yaml --out runs/digits-vq
-accelerate launch scripts/train_tokenizer.py --config ... --out ... --resume      # continue; --key.sub value overrides
+accelerate launch scripts/train_tokenizer.py --config configs/tokenizers/digits_vq.yaml
+accelerate launch scripts/train_tokenizer.py --config ... --train.lr 3e-4 --out runs/other     # any key of the file
+accelerate launch scripts/train_tokenizer.py --config ... --resume                             # continue
 """
 
 from training.jobs import tokenizer_job

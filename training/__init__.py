@@ -1,1 +1,1 @@
-"""training"""
+"""Training: losses, networks that only training needs, weight averages, the two loops, checkpoints, run folders."""

@@ -22,7 +22,7 @@ from torchvision.utils import make_grid, save_image
 
 from layers.checkpoint import write_atomic
 from training.ema import EMA
-from training.run import naming_failure
+from training.run import naming_failure, write_text
 
 Batch = dict[str, Tensor]
 
@@ -233,7 +233,7 @@ class Journal:
         self.images, self.since = 0, time.perf_counter()
         if accelerator.is_main_process and self.file.exists():
             kept = "".join(line for line in self.file.read_text().splitlines(True) if _step(line) <= first)
-            write_atomic(self.file, lambda draft: draft.write_text(kept))
+            write_text(self.file, kept)
         accelerator.init_trackers(folder.name, init_kwargs={"tensorboard": {"purge_step": first}})
 
     def count(self, images: int) -> None:

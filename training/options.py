@@ -31,7 +31,7 @@ from training.published import PublishedError
 from training.run import CLASSES, NotWritten, RunError
 
 Config = dict[str, Any]
-REFUSED = re.compile(r"(?:[Oo]ption '|unrecognized arguments: --|import path string: |path but )([\w.]+)")
+REFUSED = re.compile(r"(?i:option '|key '|unrecognized arguments: --|import path string: |path but )([\w.]+)")
 
 
 class ConfigError(ValueError):

@@ -73,10 +73,11 @@ class Run:
     def provenance(self) -> dict[str, Any]:
         """What a number made with this run must carry."""
         checksums = {name: entry["sha256"] for name, entry in self.record["modules"].items()}
+        data = self.record["data"]
         return {
             "run": self.path.name,
             "step": self.record["step"],
-            "data": self.record["data"]["name"],
+            "data": data["name"] if "name" in data else data["pictures"]["name"],  # pictures, or a cache of tokens
             "sha256": checksums,
         }
 
@@ -95,6 +96,12 @@ def naming_failure(path: Path, needed: Callable[[], int], hint: str = "Make room
         raise NotWritten(
             f"{path}: could not be written; it needs about {needed():,} bytes and {free:,} are free ({error}). {hint}"
         ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """A whole file or none. Raises NotWritten."""
+    with naming_failure(path, lambda: len(text)):
+        write_atomic(path, lambda draft: draft.write_text(text))
 
 
 def byte_count(state: Any) -> int:
@@ -175,8 +182,7 @@ def claim(path: Path, config: Mapping[str, Any], resume: bool) -> None:
                 + "\n  ".join(faults)
                 + "\nput these back, or choose another --out"
             )
-    text = yaml.safe_dump(dict(config), sort_keys=False)
-    write_atomic(file, lambda draft: draft.write_text(text))
+    write_text(file, yaml.safe_dump(dict(config), sort_keys=False))
 
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -217,7 +223,9 @@ class RunFolder:
         if self.tokenizer is not None:
             entry = modules["tokenizer"] = self.tokenizer.record["modules"]["tokenizer"]
             source = self.tokenizer.path / entry["file"]
-            write_atomic(self.path / entry["file"], lambda draft: shutil.copyfile(source, draft))
+            target = self.path / entry["file"]
+            with naming_failure(target, lambda: source.stat().st_size):
+                write_atomic(target, lambda draft: shutil.copyfile(source, draft))
         self._write(modules, step=0)
 
     def finished(self, steps: int) -> bool:
@@ -250,8 +258,7 @@ class RunFolder:
             "seed": self.seed,
             "versions": versions(),
         }
-        text = json.dumps(content, indent=1)
-        write_atomic(self.path / "run.json", lambda draft: draft.write_text(text))
+        write_text(self.path / "run.json", json.dumps(content, indent=1))
 
 
 def versions() -> dict[str, str]:

@@ -137,7 +137,7 @@ def test_sets_that_are_not_what_they_say(origin: Origin) -> None:
     labels = torch.tensor([0, 1, 4, 0])
     with pytest.raises(PictureError, match="set: picture 2 has label 4, the network knows 4 classes"):
         look(NETWORK, from_tensor("set", pictures(4), origin, labels), batch_size=2)
-    with pytest.raises(ValueError, match="at least 2 pictures, got 1"):
+    with pytest.raises(PictureError, match="set: holds 1 pictures, a covariance needs at least 2"):
         look(NETWORK, from_tensor("set", pictures(1), origin))
 
 

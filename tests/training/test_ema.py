@@ -1,10 +1,16 @@
 """The weight average against its closed form."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 
+from tests.training import tiny
 from training.ema import EMA
 
 
@@ -61,3 +67,45 @@ def test_state_goes_on_where_it_was() -> None:
 def test_decay_of_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"decay is 1\.0"):
         EMA(nn.Linear(1, 1), 1.0)
+
+
+def grown(model: nn.Module) -> EMA:
+    """The average of a model whose parameters are doubled, tripled and quadrupled."""
+    average = EMA(model, 0.5)
+    for factor in (2, 3, 4):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(factor)
+        average.update()
+    return average
+
+
+def average_in_shards(out: Path) -> None:
+    """On every process: average a sharded model, lend the average, hand the state to another one."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    sharded = fully_shard(nn.Linear(6, 4))
+    average = grown(sharded)
+    with average.applied(), torch.no_grad():
+        answer = sharded(torch.ones(1, 6))
+    again = EMA(sharded, 0.5)
+    again.load_state_dict(average.state_dict())
+    state = again.state_dict()["average"]
+    if dist.get_rank() == 0:
+        save_file({**state, "answer": answer, "own": sharded.weight.full_tensor()}, out)
+    else:
+        sharded.weight.full_tensor()
+    dist.destroy_process_group()
+
+
+def test_a_sharded_model_has_the_average_of_the_whole_one(tmp_path: Path) -> None:
+    tiny.launch(2, average_in_shards, tmp_path / "found.safetensors")
+    found = load_file(tmp_path / "found.safetensors")
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4)
+    average = grown(model)
+    assert_close(found["weight"], average.average["weight"], atol=1e-6, rtol=0)
+    assert_close(found["bias"], average.average["bias"], atol=1e-6, rtol=0)
+    assert_close(found["own"], model.weight, atol=1e-6, rtol=0)
+    with average.applied():
+        assert_close(found["answer"], model(torch.ones(1, 6)), atol=1e-5, rtol=0)

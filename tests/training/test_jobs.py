@@ -1,7 +1,8 @@
 """From a configuration to a finished run, on real pictures and on several processes."""
 
 import os
-import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.testing import assert_close
 
 from data.sets import open_set
 from data.token_cache import CacheWriter, TokenizerFacts, fill_cache, picture_header
+from tests.goldens import ROOT
 from tests.training import tiny
 from training.jobs import generator_job, tokenizer_job, with_classes
 from training.options import generator_parser, parse, tokenizer_parser
@@ -21,6 +23,7 @@ from training.run import RunError, load_run
 
 SHORT = {"steps": 2, "log_every": 1, "save_every": 2, "sample_every": 2, "trackers": []}
 DATA = {"name": "digits", "batch_size": 4, "held_out": 1}
+EMOJI = {**DATA, "name": "emoji32"}
 TOKENIZER = {**tiny.TOKENIZER, "init_args": {**tiny.TOKENIZER["init_args"], "image_size": 32}}
 
 
@@ -60,20 +63,20 @@ def test_digits_from_pictures_to_a_loadable_run(root: Path) -> None:
 
 
 def test_another_data_set_is_one_changed_line(root: Path) -> None:
-    assert generator_job(generator_config(root, "emoji", data={**DATA, "name": "emoji32"}))
+    assert generator_job(generator_config(root, "emoji", data=EMOJI))
     assert len(load_run(root / "emoji").classes) == 9
 
 
 def test_cached_tokens_train_like_pictures(root: Path) -> None:
-    run, pictures = load_run(root / "vq"), open_set("digits", split="train")
+    assert generator_job(generator_config(root, "direct", data=EMOJI))
+    run, pictures = load_run(root / "vq"), open_set("emoji32", split="train")
     facts = TokenizerFacts("vq", run.tokenizer_sha256, run.tokenizer.spec.vocab_size)
     writer = CacheWriter(root / "cache", picture_header(pictures, facts, run.tokenizer.spec.length))
     with torch.no_grad():
         for _ in fill_cache(writer, pictures, run.tokenizer.encode, batch_size=500):
             pass
     assert writer.finish()
-    assert generator_job(generator_config(root, "cached", token_cache=str(root / "cache")))
-    assert generator_job(generator_config(root, "direct"))
+    assert generator_job(generator_config(root, "cached", token_cache=str(root / "cache"), data=EMOJI))
     weights = [(root / out / "generator.safetensors").read_bytes() for out in ("cached", "direct")]
     assert weights[0] == weights[1]
 
@@ -86,36 +89,9 @@ def test_the_number_of_classes_is_the_data_sets() -> None:
     assert with_classes(text, 10) == text
 
 
-def as_rank(rank: int, world: int, port: int, work: Callable[..., None], *arguments: Any) -> None:
-    """Run `work` as one of `world` processes, as `accelerate launch --cpu --num_processes` would."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-    }
-    work(*arguments)
-
-
-def launch(world: int, work: Callable[..., None], *arguments: Any) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = tiny.processes()
-    group = [context.Process(target=as_rank, args=(rank, world, port, work, *arguments)) for rank in range(world)]
-    for process in group:
-        process.start()
-    for process in group:
-        process.join(120)
-    assert [process.exitcode for process in group] == [0] * world
-
-
 def test_two_processes_are_one_with_a_batch_twice_as_large(tmp_path: Path) -> None:
     tiny.export_tokenizer(tmp_path / "vq")
-    launch(2, tiny.run_still, tmp_path / "two", tmp_path / "vq", 3)
+    tiny.launch(2, tiny.run_still, tmp_path / "two", tmp_path / "vq", 3)
     tiny.run_still(tmp_path / "one", tmp_path / "vq", 6)
     two, one = (load_file(tmp_path / out / "generator.safetensors") for out in ("two", "one"))
     for name, tensor in one.items():
@@ -125,8 +101,27 @@ def test_two_processes_are_one_with_a_batch_twice_as_large(tmp_path: Path) -> No
 
 
 def test_two_processes_resume_bit_for_bit(tmp_path: Path) -> None:
-    launch(2, tiny.run_tokenizer, tmp_path / "whole", 8)
-    launch(2, tiny.run_tokenizer, tmp_path / "cut", 4)
-    launch(2, tiny.run_tokenizer, tmp_path / "cut", 8)
+    tiny.launch(2, tiny.run_tokenizer, tmp_path / "whole", 8)
+    tiny.launch(2, tiny.run_tokenizer, tmp_path / "cut", 4)
+    tiny.launch(2, tiny.run_tokenizer, tmp_path / "cut", 8)
     weights = [(tmp_path / out / "tokenizer.safetensors").read_bytes() for out in ("cut", "whole")]
     assert weights[0] == weights[1]
+
+
+def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts" / name, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_scripts_train_and_refuse(root: Path) -> None:
+    objective = {"terms": {"commitment": 0.25}}
+    configure(tokenizer_parser, root / "s.yaml", root / "s", tokenizer=TOKENIZER, objective=objective)
+    done = run_script("train_tokenizer.py", "--config", str(root / "s.yaml"), "--train.steps", "1")
+    assert done.returncode == 0 and done.stdout.endswith("s: trained\n"), done.stderr
+    assert load_run(root / "s").record["step"] == 1
+    refused = run_script("train_generator.py", "--config", str(root / "s.yaml"), "--out", "x")
+    assert refused.returncode == 1 and "error: " in refused.stderr and "Traceback" not in refused.stderr

@@ -32,6 +32,18 @@ def test_accumulated_batches_are_one_large_batch(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
+def test_training_learns_at_the_scheduled_rate(tmp_path: Path) -> None:
+    schedule = {"warmup": 10, "schedule": "cosine", "lr": 2e-2, "save_every": 100, "sample_every": 40}
+    tiny.run_tokenizer(tmp_path / "vq", steps=40, **schedule)
+    tiny.run_generator(tmp_path / "ar", tmp_path / "vq", steps=40, **schedule)
+    options = TrainOptions(steps=40, **schedule)
+    for run, part, share in (("vq", "l2", 0.97), ("ar", "loss", 0.5)):  # noise does not compress, but its tokens repeat
+        lines = [line for line in tiny.journal(tmp_path / run) if part in line]
+        assert [line["lr"] for line in lines] == [2e-2 * lr_factor(step, options) for step in range(40)]
+        first, last = (sum(line[part] for line in half) / 10 for half in (lines[:10], lines[-10:]))
+        assert last < share * first, (run, first, last)
+
+
 def test_reports_leave_the_weights_alone(tmp_path: Path) -> None:
     quiet = {"log_every": 100, "sample_every": 0, "save_every": 100}
     tiny.export_tokenizer(tmp_path / "vq")

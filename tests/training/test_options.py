@@ -7,6 +7,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from layers.record import build
+from tests.goldens import ROOT
 from training.options import ConfigError, command_line, generator_parser, parse, tokenizer_parser
 from training.run import CLASSES
 
@@ -38,6 +39,15 @@ def test_the_resolved_configuration_is_its_own_source(kind: str, tmp_path: Path)
     config = parse(make(), ["--config", write(content, tmp_path / "a.yaml")])
     assert config == parse(make(), ["--config", write(config, tmp_path / "b.yaml")])
     assert config["train"]["betas"] == [0.9, 0.95] and config["data"]["batch_size"] == 64
+
+
+@pytest.mark.parametrize("kind", ROOMS)
+def test_every_config_of_the_repository_fits(kind: str) -> None:
+    files = sorted((ROOT / f"configs/{kind}s").glob("*.yaml"))
+    assert files
+    for file in files:
+        record = parse(ROOMS[kind][0](), ["--config", str(file)])[kind]
+        assert record["class_path"] in CLASSES, file
 
 
 def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:

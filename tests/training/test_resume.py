@@ -60,8 +60,8 @@ def assert_same_run(found: Path, wanted: Path, kind: str) -> None:
 def test_killed_at_any_time(kind: str, seed: int, whole: dict[str, tuple[Path, Work]], tmp_path: Path) -> None:
     wanted, work = whole[kind]
     rng, out = random.Random(seed), tmp_path / "run"
-    for step in sorted(rng.sample(range(1, 9), 3)):
-        assert run_and_kill(work, out, step, pause=rng.uniform(0, 0.03)) == -9
+    for step in sorted(rng.sample(range(1, 8), 3)):
+        assert run_and_kill(work, out, step, pause=rng.uniform(0, 0.02)) == -9
     assert run_in_process(work, out) == 0
     assert_same_run(out, wanted, kind)
 

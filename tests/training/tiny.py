@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 from collections.abc import Callable
 from functools import partial
 from multiprocessing import get_context
@@ -155,6 +156,33 @@ def processes() -> ForkServerContext:
     context = get_context("forkserver")
     context.set_forkserver_preload(["tests.training.tiny"])
     return context
+
+
+def as_rank(rank: int, world: int, port: int, work: Callable[..., None], *arguments: Any) -> None:
+    """Run `work` as one of `world` processes, as `accelerate launch --cpu --num_processes` would."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    work(*arguments)
+
+
+def launch(world: int, work: Callable[..., None], *arguments: Any) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = processes()
+    group = [context.Process(target=as_rank, args=(rank, world, port, work, *arguments)) for rank in range(world)]
+    for process in group:
+        process.start()
+    for process in group:
+        process.join(120)
+    assert [process.exitcode for process in group] == [0] * world
 
 
 def die_at_call(number: int, work: Callable[..., None], *arguments: Any) -> None:
