@@ -201,7 +201,8 @@ def measure(
     usage = CodebookUsage(spec.vocab_size)
     usage.update(tokens)
     rebuilt = ReconstructionScorer("reconstructions", held_out.name)
-    rebuilt.update(again, held_out.images)
+    for part, original in zip(again.split(BATCH), held_out.images.split(BATCH), strict=True):
+        rebuilt.update(part, original)
     rebuilt_scores = rebuilt.scores(run.provenance, held_out.record, BATCH, "cpu", usage)
     noise = Noise(seed, torch.arange(count)).uniform("token", torch.arange(spec.length))
     uniform = in_batches(lambda index: run.tokenizer.decode((noise[index] * spec.vocab_size).long()), count, "uniform")
