@@ -131,10 +131,12 @@ def _stream(config: Config, lessons: Samples) -> Stream:
 
 
 def _held_out(data: Mapping[str, Any], classes: Sequence[str], accelerator: Accelerator) -> list[Batch]:
-    """A few batches of split val, this process's own, the same ones throughout."""
+    """A few batches of split val, this process's own, the same ones throughout; an unreadable picture is an error."""
     if not data["held_out"]:
         return []
     rank, world = accelerator.process_index, accelerator.num_processes
-    pictures = _pictures({**data, "flip": False}, split="val", classes=classes)
+    transform = "center" if data["transform"] == "random" else data["transform"]
+    still = {"flip": False, "transform": transform, "on_corrupt": "error"}
+    pictures = _pictures({**data, **still}, split="val", classes=classes)
     size = min(data["batch_size"], len(pictures) // world)
     return list(islice(batches(pictures, size, seed=0, rank=rank, world=world), data["held_out"]))

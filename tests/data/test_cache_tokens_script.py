@@ -1,8 +1,6 @@
 """scripts/cache_tokens.py from the command line: killed, and begun again on two processes."""
 
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from data.loader import evaluation_batches
 from data.sets import open_set
 from data.token_cache import TokenCache
 from layers.record import build
-from tests.goldens import ROOT
+from tests.processes import ENVIRONMENT, command
 from training.run import CLASSES, RunFolder, load_run
 
 RECORD = {
@@ -45,23 +43,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder.path
 
 
-def command(run: Path, out: Path, batch_size: int) -> list[str]:
+def caching(run: Path, out: Path, batch_size: int, processes: int = 1) -> list[str]:
     options = ["--tokenizer-run", run, "--data", "emoji32", "--split", "val", "--out", out, "--batch-size", batch_size]
-    return [str(word) for word in ("scripts/cache_tokens.py", *options)]
-
-
-def on_two_processes() -> list[str]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-    return [*launch, "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
+    return command("cache_tokens.py", *options, processes=processes)
 
 
 def test_a_killed_cache_goes_on_and_holds_what_the_tokenizer_says(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache"
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen([sys.executable, *command(run, out, batch_size=1)], cwd=ROOT, env=environment)
+    first = subprocess.Popen(caching(run, out, batch_size=1), env=ENVIRONMENT)
     while not (out / "done.npy").exists() or not np.load(out / "done.npy").any():
         assert first.poll() is None, "the script ended before it wrote anything"
         time.sleep(0.01)
@@ -70,7 +59,7 @@ def test_a_killed_cache_goes_on_and_holds_what_the_tokenizer_says(run: Path, tmp
     sha256 = load_run(run).tokenizer_sha256
     with pytest.raises(DataError, match=r"unfinished, \d+ of 190"):
         TokenCache(out, sha256)
-    subprocess.run([*on_two_processes(), *command(run, out, batch_size=8)], cwd=ROOT, env=environment, check=True)
+    subprocess.run(caching(run, out, batch_size=8, processes=2), env=ENVIRONMENT, check=True)
     cache, tokenizer = TokenCache(out, sha256), load_run(run).tokenizer
     pictures = open_set("emoji32", split="val", size=16, transform="center_flip")
     with torch.inference_mode():

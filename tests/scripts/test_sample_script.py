@@ -3,7 +3,6 @@
 import importlib
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from PIL import Image
 from layers.record import build
 from layers.spec import Grid, TokenSpec
 from tests.goldens import ROOT
+from tests.processes import ENVIRONMENT, command
 from training.options import command_line
 from training.run import CLASSES, RunFolder, load_run
 
@@ -54,9 +54,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sample(*words: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)] if processes > 1 else []
-    command = [sys.executable, *launch, ROOT / "scripts/sample.py", "--device", "cpu", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=None, cwd=ROOT)
+    return subprocess.run(
+        command("sample.py", "--device", "cpu", *words, processes=processes),
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
 
 
 def test_samples_do_not_depend_on_batch_size_or_processes(run: Path, tmp_path: Path) -> None:
