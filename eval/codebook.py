@@ -23,11 +23,15 @@ class CodebookUsage:
         """The share of codes that occur at least once, in [0, 1]."""
         return float((self.counts > 0).double().mean())
 
-    def entropy(self) -> float:
-        """Of the code frequencies, in nats, at most log V. Raises ValueError before the first code."""
+    def entropy(self, inside: float = 0.0) -> float:
+        """Of the code frequencies, in nats, at most log V. Raises ValueError before the first code.
+
+        inside: a constant added inside the logarithm, -sum p log(p + inside); published code has 1e-8.
+        """
         if not self.counts.any():
             raise ValueError("CodebookUsage: no codes yet, so no frequencies")
-        return float(torch.special.entr(self.counts.double() / self.counts.sum()).sum())
+        share = self.counts.double() / self.counts.sum()
+        return float(-torch.special.xlogy(share, share + inside).sum())
 
     def perplexity(self) -> float:
         """exp of the entropy: the number of codes that would be in use were all equally frequent, at most V."""

@@ -13,6 +13,7 @@ Axes: n pictures, d features.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ FULL_RANK = (
 
 @dataclass(frozen=True)
 class Gaussian:
-    """mean (d,) and cov (d, d), float64, with divisor n - 1. rows (n, d), where n <= d: rows' rows is cov exactly."""
+    """mean (d,) and cov (d, d), float64. rows (n, d), where n <= d: rows' rows is cov exactly."""
 
     mean: Tensor
     cov: Tensor
@@ -78,12 +79,18 @@ class FeatureStatistics:
         mean = self.mean()
         return (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
 
-    def gaussian(self) -> Gaussian:
-        """What `frechet_distance` compares. Raises ValueError for fewer than two pictures."""
-        if self.rows is None or self.count < 2:
-            return Gaussian(self.mean(), self.cov())
-        mean = self.mean()
-        rows = (torch.cat(self.rows) - mean) / (self.count - 1) ** 0.5
+    def gaussian(self, divisor: str = "n - 1") -> Gaussian:
+        """What `frechet_distance` compares. Raises ValueError for fewer than two pictures, and for another divisor.
+
+        divisor: of the covariance, "n - 1", or "n" as StyleGAN's statistics and the FVD of StyleGAN-V and LARP have it.
+        """
+        if divisor not in ("n - 1", "n"):
+            raise ValueError(f'FeatureStatistics: the covariance is divided by "n - 1" or "n", not by {divisor!r}')
+        mean, cov = self.mean(), self.cov()
+        over = self.count - (divisor == "n - 1")
+        if self.rows is None:
+            return Gaussian(mean, cov * ((self.count - 1) / over))
+        rows = (torch.cat(self.rows) - mean) / over**0.5
         return Gaussian(mean, rows.T @ rows, rows)
 
     def _keep(self, count: int, rows: list[Tensor] | None) -> None:
@@ -94,14 +101,20 @@ class FeatureStatistics:
             self.rows = None
 
 
-def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+def frechet_distance(a: Gaussian, b: Gaussian, compat: str | None = None) -> float:
     """The squared distance, raw: rounding may leave a few 1e-13 of the traces below zero, and nothing is clamped.
 
     Both of full rank: the spectrum of F'B F with the Cholesky factor F of A. Otherwise singular values of F'G, with the
-    centred rows as factors where they are given, else factors by eigenvectors. Raises ValueError for unequal widths.
+    centred rows as factors where they are given, else factors by eigenvectors.
+    compat: "eigvals" takes the route of torch-fidelity and gives its every digit, its error of a few 1e-3 for
+    covariances near a singular one included. Raises ValueError for unequal widths and for another compat.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"frechet_distance: {len(a.mean)} features on one side, {len(b.mean)} on the other")
+    if compat == "eigvals":
+        return _by_eigenvalues_of_the_product(a, b)
+    if compat is not None:
+        raise ValueError(f'frechet_distance: compat is "eigvals" or None, not {compat!r}')
     (factor_a, full_a), (factor_b, full_b) = _factor(a), _factor(b)
     if full_a and full_b:
         roots = torch.linalg.eigvalsh(factor_a.T @ b.cov @ factor_a).clamp_min(0).sqrt()
@@ -109,6 +122,14 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
         roots = torch.linalg.svdvals(factor_a.T @ factor_b)
     shift = (a.mean - b.mean).square().sum()
     return float(shift + a.cov.trace() + b.cov.trace() - 2 * roots.sum())
+
+
+def _by_eigenvalues_of_the_product(a: Gaussian, b: Gaussian) -> float:
+    """In numpy, whose BLAS and order of additions decide the last digits."""
+    (mean_a, cov_a), (mean_b, cov_b) = ((side.mean.cpu().numpy(), side.cov.cpu().numpy()) for side in (a, b))
+    roots = np.sqrt(np.linalg.eigvals(cov_a.dot(cov_b)).astype(np.complex128)).real
+    shift = mean_a - mean_b
+    return float(shift.dot(shift) + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sum(roots))
 
 
 def _factor(gaussian: Gaussian) -> tuple[Tensor, bool]:

@@ -13,7 +13,7 @@ from typing import Any
 from eval.features import NetworkRecord
 
 NOT_RECORDED = "not recorded"
-LIBRARIES = ("arloom", "torch", "torchvision", "torch-fidelity", "torchmetrics", "numpy", "pillow")
+LIBRARIES = ("arloom", "torch", "torchvision", "torch-fidelity", "numpy", "pillow")
 
 
 @dataclass(frozen=True)

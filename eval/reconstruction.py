@@ -1,8 +1,8 @@
-"""How well pictures come back from a tokenizer: PSNR and SSIM on uint8 pictures.
+"""How well pictures come back from a tokenizer: PSNR and SSIM in grey levels, 0 to 255.
 
-Both sides are brought to uint8 by the same stated rule before they are compared. PSNR = 10 log10(255^2 / MSE), the MSE
-over the pixels and channels of one picture. SSIM (Wang et al. 2004): Gaussian window of 11 pixels with sigma 1.5,
-K1 0.01, K2 0.03, range 255, mean over the places where the window fits and over channels.
+The scorer brings both sides to uint8 by the same stated rule before they are compared; LlamaGen's numbers leave the
+original in float. PSNR = 10 log10(255^2 / MSE), the MSE over the pixels and channels of one picture. SSIM (Wang et al.
+2004): K1 0.01, K2 0.03, mean over the places where the window fits and over channels.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
+from torch.nn import functional as F
 
 from eval.codebook import CodebookUsage
 from eval.pictures import PictureError, PixelDigest
@@ -20,28 +20,50 @@ from eval.provenance import Computation, Origin, Provenance, Score, library_vers
 PSNR = "PSNR 10 log10(255^2 / MSE) in dB, MSE of each picture, mean over pictures"
 PSNR_OF_MEAN = "PSNR 10 log10(255^2 / MSE) in dB of the mean MSE of all pictures"
 SSIM = "SSIM, Gaussian window 11, sigma 1.5, K1 0.01, K2 0.03, range 255, mean over pictures"
+WINDOWS = {  # weights along one axis, which sum to 1
+    "gaussian11": (-((torch.arange(-5, 6, dtype=torch.float64) / 1.5) ** 2) / 2).softmax(0),
+    "uniform7": torch.full((7,), 1 / 7, dtype=torch.float64),
+}
 USAGE = "share of the codebook that occurs at least once in all pictures"
 PERPLEXITY = "exp of the entropy of the code frequencies over all pictures"
 
 
 def mse(pictures: Tensor, reference: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) twice -> float64 (B,), in squared grey levels."""
+    """(B, 3, H, W) twice, uint8 or float grey levels -> float64 (B,), in squared grey levels."""
     return (pictures.double() - reference.double()).square().mean((1, 2, 3))
 
 
 def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) twice -> float64 (B,) in dB; infinite for equal pictures."""
+    """(B, 3, H, W) twice, uint8 or float grey levels -> float64 (B,) in dB; infinite for equal pictures."""
     return _decibel(mse(pictures, reference))
 
 
-def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) twice -> float64 (B,), at most 1. Raises ValueError for pictures the window does not fit in."""
-    if min(pictures.shape[-2:]) < 11:
-        raise ValueError(f"ssim: pictures must be at least 11x11, got {tuple(pictures.shape[-2:])}")
-    _, everywhere = structural_similarity_index_measure(
-        pictures.double(), reference.double(), data_range=255.0, reduction="none", return_full_image=True
-    )  # (B, 3, H, W), the border by mirrored pictures, which no other implementation counts in
-    return everywhere[..., 5:-5, 5:-5].mean((1, 2, 3))
+def ssim(pictures: Tensor, reference: Tensor, window: str = "gaussian11", data_range: float = 255.0) -> Tensor:
+    """(B, 3, H, W) twice, uint8 or float grey levels -> float64 (B,), at most 1.
+
+    window: "gaussian11", sigma 1.5 with population covariances, as Wang et al. have it, or "uniform7" with sample
+    covariances, scikit-image's default. data_range: LlamaGen's numbers have twice the true one, which raises them.
+    Raises ValueError for another window and for pictures it does not fit in.
+    """
+    if window not in WINDOWS:
+        raise ValueError(f"ssim: unknown window {window!r}; known: {', '.join(WINDOWS)}")
+    taps = WINDOWS[window].to(pictures.device)
+    size = len(taps)
+    if min(pictures.shape[-2:]) < size:
+        raise ValueError(f"ssim: pictures must be at least {size}x{size}, got {tuple(pictures.shape[-2:])}")
+
+    def mean(values: Tensor) -> Tensor:
+        across = F.conv2d(values.flatten(0, 1)[:, None], taps.view(1, 1, 1, size))  # (B 3, 1, H, W - size + 1)
+        return F.conv2d(across, taps.view(1, 1, size, 1)).view(*values.shape[:2], -1)
+
+    x, y = pictures.double(), reference.double()
+    mean_x, mean_y = mean(x), mean(y)
+    sampled = size**2 / (size**2 - 1) if window == "uniform7" else 1.0
+    spread = sampled * (mean(x.square() + y.square()) - mean_x.square() - mean_y.square())
+    common = sampled * (mean(x * y) - mean_x * mean_y)
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    likeness = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1) * (2 * common + c2) / (spread + c2)
+    return likeness.mean((1, 2))  # (B, 3, places) -> (B,)
 
 
 class ReconstructionScorer:

@@ -213,7 +213,7 @@ def measure(
         "quantisation": RULE,
         "source": run.provenance,
     }
-    nothing = {**made_by, "sampler": "uniform tokens", "class_plan": "none"}
+    nothing = {**made_by, "sampler": {"name": "uniform tokens"}, "class_plan": "none"}
     real = held_out.seen(network)
     samples = look(network, from_tensor("samples", to_uint8(made), Origin.of_samples(made_by), labels), BATCH)
     chance = look(network, from_tensor("uniform tokens", to_uint8(uniform), Origin.of_samples(nothing)), BATCH)
@@ -248,8 +248,19 @@ def report(
     usage: CodebookUsage,
     metrics: dict[str, Any],
 ) -> None:
-    page = Report(f"arloom: {train.record['name']}", f"{run.tokenizer.spec}; {run.provenance}")
-    page.table("Scores", [{"score": name, **score_row(score)} for name, score in scores.items()])
+    spec, sizes = run.tokenizer.spec, {name: entry["parameters"] for name, entry in run.record["modules"].items()}
+    page = Report(
+        f"arloom: {train.record['name']}",
+        f"Pictures of {spec.decoded[1]} x {spec.decoded[2]} pixels as {spec.layout.h} x {spec.layout.w} tokens of "
+        f"{spec.vocab_size} codes, by a tokenizer of {sizes['tokenizer']:,} parameters; generated token by token by "
+        f"{sizes['generator']:,} parameters.",
+    )
+    page.table(
+        "Scores",
+        [{"score": name, **score_row(score)} for name, score in scores.items()],
+        "The distance of samples reads between its floor, as many real pictures against the held-out ones (the classifier "
+        "was trained on these real pictures), and uniform tokens, decoded by the same tokenizer.",
+    )
     page.classes(
         "Samples, one row a class",
         rows_of(made, labels, len(run.classes)),

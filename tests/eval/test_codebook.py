@@ -1,5 +1,7 @@
 """Codebook statistics against counts by hand."""
 
+import math
+
 import pytest
 import torch
 
@@ -13,6 +15,8 @@ def test_usage_and_perplexity_by_hand() -> None:
     assert codes.counts.tolist() == [4, 0, 0, 2, 0, 2, 0, 0]
     assert codes.usage() == 3 / 8
     assert codes.perplexity() == pytest.approx(2**1.5)  # entropy of (1/2, 1/4, 1/4): 1.5 bits
+    inside = -(0.5 * math.log(0.6) + 0.5 * math.log(0.35))
+    assert codes.entropy(inside=0.1) == pytest.approx(inside)
 
 
 def test_equally_frequent_codes_are_all_in_use() -> None:

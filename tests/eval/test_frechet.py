@@ -75,6 +75,42 @@ def test_agreement_with_scipy_and_torch_fidelity() -> None:
     assert value == pytest.approx(float(textbook), rel=1e-10)
 
 
+@pytest.mark.parametrize("count", [30, 500])  # fewer and more than the features
+def test_compat_gives_every_digit_of_torch_fidelity(count: int) -> None:
+    one, two = normal(count, 64), normal(count + 10, 64, seed=1) @ normal(64, 64, seed=2) + 0.2
+    sides = [gathered(one, 7).gaussian(), gathered(two, 7).gaussian()]
+    stats = [{"mu": side.mean.numpy(), "sigma": side.cov.numpy()} for side in sides]
+    theirs = fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"]
+    assert frechet_distance(*sides, compat="eigvals") == theirs
+    assert frechet_distance(*sides) == pytest.approx(theirs, rel=1e-6)
+
+
+def test_the_product_of_singular_covariances_loses_what_the_factors_keep() -> None:
+    """A set of rank 20 in 200 dimensions against itself: 0 by factors, off by the root of the rounding by the product."""
+    own = gathered(normal(21, 200), 21).gaussian()
+    assert abs(frechet_distance(own, own)) < 1e-10
+    assert abs(frechet_distance(own, own, compat="eigvals")) > 1e-6
+
+
+@pytest.mark.parametrize("count", [40, 500])
+def test_divisor_n_shrinks_the_covariance_alone(count: int) -> None:
+    statistics = gathered(normal(count, 64) + 5, 13)
+    sample, population = statistics.gaussian(), statistics.gaussian("n")
+    assert_close(population.cov, sample.cov * (count - 1) / count, atol=1e-12, rtol=0)
+    assert_close(population.mean, sample.mean, atol=0, rtol=0)
+    shrunk = 1 - ((count - 1) / count) ** 0.5  # of every root of an eigenvalue
+    expected = float(sample.cov.trace()) * shrunk**2
+    assert frechet_distance(sample, population) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_distance_of_spatial_features_does_not_know_their_layout() -> None:
+    """sFID is this distance on flattened maps: channels first or last is one permutation of the features on both sides."""
+    maps = [normal(80, 3, 4, 4, seed=i) for i in range(2)]
+    first = [gathered(it.flatten(1), 20).gaussian() for it in maps]
+    last = [gathered(it.movedim(1, -1).flatten(1), 20).gaussian() for it in maps]
+    assert frechet_distance(*last) == pytest.approx(frechet_distance(*first), rel=1e-10)
+
+
 def test_fewer_pictures_than_features() -> None:
     """The exact value comes from singular values of the centred rows; it is kept with and without the rows."""
     one, two = normal(30, 64), normal(40, 64, seed=1) + 0.2
@@ -146,5 +182,9 @@ def test_what_cannot_be_summed_is_named() -> None:
         gathered(normal(1, 16), 1).gaussian()
     with pytest.raises(ValueError, match="no features yet"):
         FeatureStatistics(16).mean()
+    with pytest.raises(ValueError, match="not by 'm'"):
+        statistics.gaussian("m")
+    with pytest.raises(ValueError, match="\"eigvals\" or None, not 'sqrtm'"):
+        frechet_distance(statistics.gaussian(), statistics.gaussian(), compat="sqrtm")
     with pytest.raises(ValueError, match="8 features on one side, 16 on the other"):
         frechet_distance(Gaussian(normal(8), covariance(8, 8, 0)), statistics.gaussian())

@@ -13,7 +13,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from eval import inception
 from eval.features import FeatureError
 from eval.files import sha256_of
-from eval.inception import inception_network
+from eval.inception import PREPROCESSING, inception_features, inception_network, load_inception
 
 
 def pictures(count: int, size: int = 32) -> Tensor:
@@ -48,6 +48,48 @@ def test_pictures_are_resized_as_tensorflow_1_does(inception_file: Path) -> None
     with torch.inference_mode():
         ours, same, other = (network.extract(it)["2048"] for it in (batch, by_hand, half_pixel))
     assert (ours - same).norm() < 0.2 * (ours - other).norm()
+
+
+def test_every_layer_is_that_of_torch_fidelity(inception_file: Path) -> None:
+    names = ["64", "192", "768", "2048", "logits_unbiased", "logits"]
+    theirs = FeatureExtractorInceptionV3("reference", names, feature_extractor_weights_path=str(inception_file))
+    with torch.inference_mode():
+        ours = inception_features(load_inception(inception_file), pictures(2))
+        for name, wanted in zip(names, theirs(pictures(2)), strict=True):
+            assert_close(ours[name], wanted, atol=1e-5, rtol=1e-5)
+    assert ours["spatial"].shape == (2, 2023)
+
+
+def test_spatial_features_are_the_first_channels_of_one_branch(inception_file: Path) -> None:
+    """The published node is the output of the 1x1 branch of Mixed_6d, which comes first in the joined channels."""
+    model, kept = load_inception(inception_file), []
+    model.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    with torch.inference_mode():
+        spatial = inception_features(model, pictures(2))["spatial"]
+    assert torch.equal(spatial.view(2, 17, 17, 7), kept[0][:, :7].movedim(1, -1))
+
+
+def test_preprocessings_differ_and_say_so(inception_file: Path) -> None:
+    batch, seen = pictures(2), {}
+    for name in PREPROCESSING:
+        network = inception_network(inception_file, preprocessing=name)
+        with torch.inference_mode():
+            seen[network.record.preprocessing] = network.extract(batch)["2048"]
+    assert list(seen) == list(PREPROCESSING.values())
+    tf1, torch_bilinear, clean = seen.values()
+    for a, b in ((tf1, torch_bilinear), (tf1, clean), (torch_bilinear, clean)):
+        assert (a - b).norm() > 1e-3 * a.norm()
+    with pytest.raises(FeatureError, match="unknown preprocessing 'lanczos'; known: tf1, pytorch, clean"):
+        inception_network(inception_file, preprocessing="lanczos")
+
+
+def test_pictures_of_the_networks_size_are_scaled_alone(inception_file: Path) -> None:
+    """At 299 x 299 no rule resizes, and "pytorch" centres half a level lower than the other two."""
+    model, batch = load_inception(inception_file), pictures(1, 299)
+    with torch.inference_mode():
+        tf1, torch_bilinear, clean = (inception_features(model, batch, name)["2048"] for name in PREPROCESSING)
+    assert_close(clean, tf1, atol=1e-4, rtol=1e-4)
+    assert 0 < (torch_bilinear - tf1).norm() < 0.05 * tf1.norm()
 
 
 def test_unpublished_weights_never_make_an_fid(inception_file: Path) -> None:

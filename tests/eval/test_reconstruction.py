@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from eval.codebook import CodebookUsage
 from eval.pictures import PictureError
@@ -32,27 +33,52 @@ def test_equal_pictures() -> None:
     assert_close(ssim(real, real), torch.ones(2, dtype=torch.float64))
 
 
-def test_ssim_is_that_of_its_definition() -> None:
+def noisy(real: Tensor) -> Tensor:
+    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(1))
+    return (real.float() + 30 * noise).clamp(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize("data_range", [255.0, 510.0])
+@pytest.mark.parametrize("window", ["gaussian11", "uniform7"])
+def test_ssim_is_that_of_its_definition(window: str, data_range: float) -> None:
     real = pictures(3)
-    other = (real.float() + 30 * torch.randn(real.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 255)
-    other = other.to(torch.uint8)
-    tap = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=torch.float64) / 1.5) ** 2)
-    window = torch.outer(tap, tap) / tap.sum() ** 2
+    if window == "gaussian11":
+        tap = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=torch.float64) / 1.5) ** 2)
+        weights, sampled = torch.outer(tap, tap) / tap.sum() ** 2, 1.0
+    else:
+        weights, sampled = torch.full((7, 7), 1 / 49, dtype=torch.float64), 49 / 48
 
     def mean(x: Tensor) -> Tensor:
-        return F.conv2d(x, window.expand(3, 1, 11, 11), groups=3)  # (B, 3, H - 10, W - 10)
+        return F.conv2d(x, weights.expand(3, 1, *weights.shape), groups=3)
 
-    x, y = real.double(), other.double()
+    x, y = real.double(), noisy(real).double()
     mx, my = mean(x), mean(y)
-    vx, vy, both = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    vx, vy, both = (sampled * it for it in (mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my))
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     by_hand = (2 * mx * my + c1) * (2 * both + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-    assert_close(ssim(other, real), by_hand.mean((1, 2, 3)), atol=1e-10, rtol=0)
+    assert_close(ssim(noisy(real), real, window, data_range), by_hand.mean((1, 2, 3)), atol=1e-10, rtol=0)
+
+
+def test_ssim_agrees_with_torchmetrics_away_from_the_border() -> None:
+    real = pictures(3)
+    _, theirs = structural_similarity_index_measure(
+        noisy(real).double(), real.double(), data_range=255.0, reduction="none", return_full_image=True
+    )  # (B, 3, H, W), the border by mirrored pictures
+    assert_close(ssim(noisy(real), real), theirs[..., 5:-5, 5:-5].mean((1, 2, 3)), atol=1e-10, rtol=0)
+
+
+def test_float_grey_levels_are_compared_as_they_are() -> None:
+    real = pictures(2)
+    assert_close(psnr(real, real + 0.5), torch.full((2,), 20 * math.log10(510), dtype=torch.float64))
+    assert_close(ssim(real, real.float(), "uniform7"), torch.ones(2, dtype=torch.float64))
 
 
 def test_ssim_needs_room_for_its_window() -> None:
     with pytest.raises(ValueError, match="at least 11x11"):
         ssim(pictures(1, size=10), pictures(1, size=10))
+    assert ssim(pictures(1, size=7), pictures(1, size=7), "uniform7") == 1
+    with pytest.raises(ValueError, match="unknown window 'box'; known: gaussian11, uniform7"):
+        ssim(pictures(1), pictures(1), "box")
 
 
 @pytest.mark.parametrize("batch", [1, 3, 10])
