@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from eval.audit import Audit
 from eval.features import FeatureError, FeatureNetwork, NetworkRecord
 from eval.frechet import FeatureStatistics, Gaussian, frechet_distance
 from eval.pictures import PictureError, PictureSet, PixelDigest
@@ -30,8 +31,8 @@ class Seen:
 
 
 @torch.inference_mode()
-def look(network: FeatureNetwork, pictures: PictureSet, batch_size: int = 64) -> Seen:
-    """Run all pictures through the network, keeping sums only.
+def look(network: FeatureNetwork, pictures: PictureSet, batch_size: int = 64, audit: Audit | None = None) -> Seen:
+    """Run all pictures through the network, keeping sums only. audit: is shown the same pictures and labels.
 
     Raises PictureError where the set does not hold what it says, or less than two pictures, or labels that are none of
     the network's classes.
@@ -47,9 +48,11 @@ def look(network: FeatureNetwork, pictures: PictureSet, batch_size: int = 64) ->
             digest.update(batch)
             outputs = network.extract(batch.to(network.device))
             statistics.update(outputs[network.record.layer])
-            if pictures.labels is not None and "logits" in outputs:
-                labels = pictures.labels[first : digest.count]
+            labels = None if pictures.labels is None else pictures.labels[first : digest.count]
+            if labels is not None and "logits" in outputs:
                 right = (right or 0) + _count_right(pictures.name, outputs["logits"], labels, first)
+            if audit is not None:
+                audit.update(batch, labels)
             bar.update(len(batch))
     if digest.count != pictures.count:
         raise PictureError(f"{pictures.name}: said to hold {pictures.count} pictures, gave {digest.count}")

@@ -1,4 +1,4 @@
-"""Score samples against a reference under a named protocol, and write the score with all that it depends on.
+"""Score samples against a reference under a named protocol, audit both, and write scores with all they depend on.
 
     python scripts/evaluate.py --samples samples.npz --reference ref.npz --protocol torch-fidelity
     python scripts/evaluate.py --samples samples.npz --reference digits --protocol classifier
@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from data.errors import DataError
 from data.loader import evaluation_batches
 from data.sets import BUILT_IN, ON_DISK, open_set
+from eval.audit import Audit
 from eval.classifier import load_classifier, train_classifier
 from eval.features import FeatureError, FeatureNetwork
 from eval.files import write_json
@@ -67,15 +68,24 @@ def main(arguments: list[str] | None = None) -> None:
     size = next(samples.batches(1)).shape[-1]
     reference = open_reference(options, options.reference_split, size)
     network = open_network(options, size, device)
-    ours, theirs = (look(network, pictures, options.batch_size) for pictures in (samples, reference))
+    labels = [pictures.labels for pictures in (samples, reference) if pictures.labels is not None]
+    num_classes = int(torch.cat(labels).max()) + 1 if labels else None
+    audits = [Audit(pictures.name, num_classes=num_classes) for pictures in (samples, reference)]
+    ours, theirs = (
+        look(network, pictures, options.batch_size, audit)
+        for pictures, audit in zip((samples, reference), audits, strict=True)
+    )
     scores = [frechet_score(ours, theirs)]
     if ours.right is not None:
         scores.append(accuracy_score(ours))
     if theirs.right is not None:
         scores.append(accuracy_score(theirs, "classifier_accuracy"))
-    write_json(out, {score.name: score.record() for score in scores})
+    audit_record = {role: audit.record() for role, audit in zip(("samples", "reference"), audits, strict=True)}
+    write_json(out, {score.name: score.record() for score in scores} | {"audit": audit_record})
     for score in scores:
         print(f"{score.name:40} {score.value:12.6g}\n    {score.provenance.line()}")
+    for audit in audits:
+        print("\n".join(audit.lines()))
     print(f"with its whole provenance: {out}")
 
 

@@ -49,7 +49,7 @@ def test_pictures_scored_against_themselves_by_a_classifier(
     protocol = ("--protocol", "classifier", "--classifier", tmp_path / "classifier.safetensors")
     run("--samples", samples, "--reference", "digits", *protocol, "--device", "cpu")
     content = json.loads((tmp_path / "samples.classifier.json").read_text())
-    assert content.keys() == {"frechet_classifier_distance@1000", "label_accuracy", "classifier_accuracy"}
+    assert content.keys() == {"frechet_classifier_distance@1000", "label_accuracy", "classifier_accuracy", "audit"}
     assert abs(content["frechet_classifier_distance@1000"]["value"]) < 1e-9
     assert content["label_accuracy"]["value"] == content["classifier_accuracy"]["value"] > 0.5
     provenance = content["frechet_classifier_distance@1000"]["provenance"]
@@ -57,7 +57,13 @@ def test_pictures_scored_against_themselves_by_a_classifier(
     assert provenance["samples"]["sha256"] == provenance["reference"]["sha256"]
     assert provenance["samples"]["origin"]["seed"] == 3
     assert provenance["reference"]["origin"]["record"]["split"] == "val"
+    audit = content["audit"]
+    assert {role: found["count"] for role, found in audit.items()} == {"samples": 1000, "reference": 1000}
+    assert audit["samples"]["sizes"] == [{"height": 32, "width": 32, "count": 1000}]
+    assert audit["samples"]["classes"] == audit["reference"]["classes"]
+    assert audit["samples"]["grey"] == 1000
     printed = capsys.readouterr().out
+    assert f"audit of {samples}\n    note    count: 1000 pictures" in printed and "audit of digits val" in printed
     assert "frechet_classifier_distance@1000" in printed and "not comparable to published numbers" in printed
     with pytest.raises(FileExistsError, match=r"samples\.classifier\.json: exists; choose another --out"):
         run("--samples", samples, "--reference", "digits", *protocol)
@@ -88,9 +94,29 @@ def test_a_folder_scored_against_the_same_pictures_by_inception(inception_file: 
     run("--samples", folder, "--reference", tmp_path / "reference.npz", "--protocol", "torch-fidelity", *weights)
     content = json.loads((tmp_path / "made.torch-fidelity.json").read_text())
     score = content["frechet_unpublished_inception_distance@6"]
-    assert content.keys() == {"frechet_unpublished_inception_distance@6"}
+    assert content.keys() == {"frechet_unpublished_inception_distance@6", "audit"}
     assert abs(score["value"]) < 1e-8
     assert score["provenance"]["samples"]["origin"]["seed"] == "not recorded"
+
+
+def test_faults_of_samples_are_audited(
+    inception_file: Path, samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two equal samples, of floats in [0, 1] that were cast to uint8, in two of ten classes: scored, but not in silence."""
+    array = torch.randint(0, 2, (6, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy()
+    array[4] = array[2]
+    np.savez(tmp_path / "cast.npz", array, np.array([0, 9, 0, 9, 0, 9]))
+    np.savez(tmp_path / "few.npz", **{key: value[::170] for key, value in np.load(samples).items()})
+    protocol = ("--protocol", "torch-fidelity", "--inception-weights", inception_file, "--device", "cpu")
+    run("--samples", tmp_path / "cast.npz", "--reference", tmp_path / "few.npz", *protocol)
+    audit = json.loads((tmp_path / "cast.torch-fidelity.json").read_text())["audit"]
+    assert {it["name"] for it in audit["samples"]["findings"] if it["level"] == "warning"} == {"duplicates", "range"}
+    assert audit["samples"]["duplicates"] == {"count": 1, "first": [[2, 4]]}
+    assert audit["samples"]["classes"]["missing"] == {"count": 8, "first": list(range(1, 9))}
+    assert {it["level"] for it in audit["reference"]["findings"]} == {"note"}
+    printed = capsys.readouterr().out
+    assert "warning duplicates: 1 of 6 pictures equal an earlier one (4 = 2)" in printed
+    assert "warning range: grey levels 0 to 1" in printed
 
 
 def test_bad_input_is_named(inception_file: Path, samples: Path, tmp_path: Path) -> None:

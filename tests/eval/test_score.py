@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eval.audit import Audit
 from eval.features import FeatureError, FeatureNetwork, NetworkRecord, tensors_sha256
 from eval.files import write_json
 from eval.frechet import FeatureStatistics, frechet_distance
@@ -62,6 +63,15 @@ def test_label_accuracy_is_a_count(origin: Origin) -> None:
     for batch_size in (1, 2, 5):
         score = accuracy_score(look(NETWORK, from_tensor("set", images, origin, labels), batch_size))
         assert (score.name, score.value) == ("label_accuracy", 4 / 5)
+
+
+def test_an_audit_is_shown_what_the_network_sees(origin: Origin) -> None:
+    images, labels = pictures(30), torch.arange(30) % 4
+    seen, alone = Audit("set"), Audit("set")
+    score = accuracy_score(look(NETWORK, from_tensor("set", images, origin, labels), 7, seen))
+    alone.update(images, labels)
+    assert seen.record() == alone.record()
+    assert score.value == accuracy_score(look(NETWORK, from_tensor("set", images, origin, labels))).value
 
 
 def leaves(value: Any) -> list[Any]:
