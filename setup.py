@@ -40,6 +40,7 @@ setup(
         "mlxtend>=0.23",
         "numpy>=2.0",
         "pillow>=11",
+        "psutil>=6",
         "pyarrow>=17",
         "pyyaml>=6",
         "tensorboard>=2.18",

@@ -1,7 +1,7 @@
 """Measure our half of docs/benchmarks.md: decoding and tokenizing speed at published sizes, with random weights.
 
-    python scripts/benchmark.py sampling --size b --batch-size 4 --scale 4 --top-k 2000 --threads 2
-    python scripts/benchmark.py tokenizer --channels 128 --image-size 256
+    python scripts/benchmark.py sampling --size b --batch_size 4 --scale 4 --top_k 2000 --threads 2
+    python scripts/benchmark.py tokenizer --channels 128 --image_size 256
 
 Seconds of the wall clock and of processor time, the median of --repeats after a warm-up; and the conditions, as JSON.
 """
@@ -10,12 +10,13 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from math import inf
 
 import psutil
 import torch
 from jsonargparse import auto_cli
 
+from eval.efficiency import time_runs
 from generators.next_token import NextToken
 from layers.noise import Noise
 from layers.packed import pack_linears
@@ -26,6 +27,7 @@ from sampling.guidance import Guidance
 from sampling.sampler import Sampler
 from tokenizers_vis.quantizers import VectorQuantizer
 from tokenizers_vis.vq import VQTokenizer
+from training.options import underscored
 
 SIZES = {"b": (12, 768, 12), "l": (24, 1024, 16), "xl": (36, 1280, 20), "xxl": (48, 1536, 24), "3b": (24, 3200, 32)}
 
@@ -65,11 +67,11 @@ def sampling(
     noise = Noise(0, torch.arange(batch_size, device=device))
     marks = []
 
-    def work() -> None:
+    def work(batch_size: int) -> None:
         marks.clear()
         generate(model, condition, sampler, noise, preview=lambda state: marks.append(time.perf_counter()))
 
-    wall, processor = timed(work, repeats, device)
+    timing = time_runs(work, batch_size, device, repeats, warmup=1, seconds=inf)
     half = len(marks) // 2
     quarter = len(marks) // 4
     report(
@@ -82,10 +84,10 @@ def sampling(
             "packed": packed,
             "compile": compile,
             "dtype": dtype,
-            "seconds_a_batch": wall,
-            "processor_seconds_a_batch": processor,
-            "images_per_second": batch_size / wall,
-            "tokens_per_second": batch_size * spec.length / wall,
+            "seconds_a_batch": timing.median,
+            "processor_seconds_a_batch": statistics.median(timing.processor),
+            "images_per_second": timing.images_per_second,
+            "tokens_per_second": timing.images_per_second * spec.length,
             "ms_a_token_second_quarter": 1000 * (marks[half] - marks[quarter]) / (half - quarter),
             "ms_a_token_last_quarter": 1000 * (marks[-1] - marks[-1 - quarter]) / quarter,
         },
@@ -109,32 +111,18 @@ def tokenizer(
     images = torch.rand(batch_size, 3, image_size, image_size, device=device) * 2 - 1
     with torch.inference_mode():
         tokens = model.encode(images)
-        encode, _ = timed(lambda: model.encode(images), repeats, device)
-        decode, _ = timed(lambda: model.decode(tokens), repeats, device)
+        encode = time_runs(lambda _: model.encode(images), batch_size, device, repeats, warmup=1, seconds=inf)
+        decode = time_runs(lambda _: model.decode(tokens), batch_size, device, repeats, warmup=1, seconds=inf)
     report(
         {
             "what": f"VQ-16 tokenizer, {channels} channels, {image_size}x{image_size}",
             "batch_size": batch_size,
-            "encode_images_per_second": batch_size / encode,
-            "decode_images_per_second": batch_size / decode,
+            "encode_images_per_second": encode.images_per_second,
+            "decode_images_per_second": decode.images_per_second,
         },
         threads,
         device,
     )
-
-
-def timed(work: Callable[[], None], repeats: int, device: str) -> tuple[float, float]:
-    """Median seconds of the wall clock and of processor time, after one run to warm up."""
-    walls, processors = [], []
-    for run in range(repeats + 1):
-        wall, processor = time.perf_counter(), time.process_time()
-        work()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        if run:
-            walls.append(time.perf_counter() - wall)
-            processors.append(time.process_time() - processor)
-    return statistics.median(walls), statistics.median(processors)
 
 
 def report(figures: dict[str, object], threads: int, device: str) -> None:
@@ -154,4 +142,4 @@ def report(figures: dict[str, object], threads: int, device: str) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli([sampling, tokenizer], as_positional=False)
+    auto_cli([sampling, tokenizer], as_positional=False, args=underscored())

@@ -86,7 +86,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> Con
     Raises ConfigError for keys, names and types that do not fit.
     """
     try:
-        found = parser.parse_args(arguments)
+        found = parser.parse_args(underscored(arguments))
     except ArgumentError as error:
         raise ConfigError(explain(str(error), parser)) from error
     config = _plain(found.as_dict())
@@ -120,6 +120,12 @@ def _plain(value: Any) -> Any:
             values["class_path"] = values["class_path"].rsplit(".", 1)[-1]
         return values
     return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def underscored(words: Sequence[str] | None = None) -> list[str]:
+    """The words of a command line (this process's, when None) with --batch-size spelled as --batch_size."""
+    words = sys.argv[1:] if words is None else words
+    return [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in words]
 
 
 def command_line(main: Callable[[], None]) -> None:
