@@ -137,6 +137,13 @@ class NextToken(Generator):
         table = rotary_table(layout_places(spec.layout), dim // heads, theta)
         self.register_buffer("rotary", with_zero_slots(table, self.condition.slots)[None], persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NextToken":
+        """Moves and casts the module, but leaves the rotary table in float32: half precision would round its angles."""
+        table = self.rotary
+        super()._apply(fn, recurse)
+        self.rotary = table.to(self.rotary.device)
+        return self
+
     # ---- teacher forcing
 
     def hidden(self, tokens: Tensor, condition: Condition) -> Tensor:

@@ -194,6 +194,14 @@ def test_the_condition_is_dropped_at_the_stated_rate_in_training_only() -> None:
     assert_close(model.train().loss(given, condition)[0], null)
 
 
+def test_half_precision_leaves_the_angles_whole() -> None:
+    whole, half = randomised(torch.float32), randomised(torch.bfloat16)
+    assert half.embed.weight.dtype == torch.bfloat16 and half.rotary.dtype == torch.float32
+    assert torch.equal(half.rotary, whole.rotary)
+    state = generate(half, labels(1, 2), Sampler(guidance=Guidance(scale=2.0)), Noise(0, torch.arange(2)))
+    assert state.known.all() and int(state.tokens.max()) < 37
+
+
 def test_an_untrained_model_is_uniform() -> None:
     model = NextToken(SPEC, dim=32, depth=1, heads=2, num_classes=3)
     loss, parts = model.eval().loss(tokens(2), labels(0, 1))
