@@ -4,8 +4,10 @@ A token is drawn by inverse CDF of the guided, filtered law in float64, from the
 position): whatever the batch, the token of a sample is the same as long as its law is.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +44,11 @@ class Sampler:
     filter: Filter = field(default_factory=Filter)
     guidance: Guidance = field(default_factory=Guidance)
     greedy: bool = False
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> "Sampler":
+        """From plain values, as the section `sampler` of a configuration keeps them."""
+        return cls(Filter(**values["filter"]), Guidance(**values["guidance"]), values["greedy"])
 
     def draw(self, prediction: Prediction, noise: Noise, round: int) -> "SamplerDraw":
         return SamplerDraw(self, prediction, noise, round)

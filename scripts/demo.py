@@ -38,8 +38,6 @@ from layers.noise import Noise
 from layers.packed import pack_linears
 from layers.spec import Condition
 from sampling.decode import generate
-from sampling.filters import Filter
-from sampling.guidance import Guidance
 from sampling.sampler import Sampler
 from sampling.shards import plan_labels
 from training.caching import cache_tokens
@@ -168,11 +166,6 @@ def trained_classifier(path: Path, train: Pictures, seed: int, share: float) -> 
 # ---- sampling and scores
 
 
-def recipe(run: Run) -> Sampler:
-    made = run.recipe
-    return Sampler(Filter(**made["filter"]), Guidance(**made["guidance"]), made["greedy"])
-
-
 @torch.inference_mode()
 def in_batches(work: Callable[[Tensor], Tensor], count: int, name: str) -> Tensor:
     """The results of work(index) for blocks of 0 .. count - 1, one after the other."""
@@ -182,7 +175,7 @@ def in_batches(work: Callable[[Tensor], Tensor], count: int, name: str) -> Tenso
 
 def sampled(run: Run, labels: Tensor, seed: int) -> Tensor:
     """One picture a label, float (N, 3, H, W)."""
-    generator, sampler = pack_linears(load_run(run.path).generator), recipe(run)
+    generator, sampler = pack_linears(run.generator), Sampler.from_values(run.recipe)
 
     def work(index: Tensor) -> Tensor:
         state = generate(generator, Condition(label=labels[index]), sampler, Noise(seed, index))

@@ -19,8 +19,6 @@ from layers.noise import Noise
 from layers.record import build
 from layers.spec import Condition
 from sampling.decode import generate
-from sampling.filters import Filter
-from sampling.guidance import Guidance
 from sampling.sampler import Sampler
 from tokenizers_vis.protocol import Tokenizer
 from training.generator_loop import Sample, train_generator
@@ -97,7 +95,7 @@ def with_classes(record: Mapping[str, Any], count: int) -> dict[str, Any]:
 
 def class_grid(tokenizer: Tokenizer, sampler: Mapping[str, Any], classes: int, seed: int) -> Sample:
     """From a generator to rows of samples, a class each: the samples 0, 1, ... of `seed`. sampler: plain values."""
-    made = Sampler(Filter(**sampler["filter"]), Guidance(**sampler["guidance"]), sampler["greedy"])
+    made = Sampler.from_values(sampler)
 
     @torch.no_grad()
     def sample(generator: Generator) -> Sequence[Tensor]:

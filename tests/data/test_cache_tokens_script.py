@@ -13,34 +13,15 @@ from data.errors import DataError
 from data.loader import evaluation_batches
 from data.sets import open_set
 from data.token_cache import TokenCache
-from layers.record import build
 from tests.processes import ENVIRONMENT, command
-from training.run import CLASSES, RunFolder, load_run
-
-RECORD = {
-    "class_path": "VQTokenizer",
-    "init_args": {
-        "image_size": 16,
-        "quantizer": {"class_path": "VectorQuantizer", "init_args": {"vocab_size": 64, "dim": 4}},
-        "channels": 8,
-        "encoder_mult": [1, 2],
-        "groups": 4,
-        "z_channels": 8,
-    },
-}
+from tests.small import RECORD, tokenizer_run
+from training.run import load_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a small tokenizer with random weights."""
-    folder = RunFolder(
-        tmp_path_factory.mktemp("run"), "tokenizer", RECORD, open_set("digits", split="val").describe(), 0
-    )
-    torch.manual_seed(0)
-    tokenizer = build(RECORD, CLASSES)
-    folder.begin()
-    folder.export(tokenizer.state_dict(), tokenizer.spec, step=1)
-    return folder.path
+    return tokenizer_run(tmp_path_factory.mktemp("run"), open_set("digits", split="val").describe())
 
 
 def caching(run: Path, out: Path, batch_size: int, processes: int = 1) -> list[str]:

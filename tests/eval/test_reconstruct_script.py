@@ -12,32 +12,15 @@ from data.loader import evaluation_batches
 from data.sets import open_set
 from eval.pixels import to_uint8
 from eval.reconstruction import psnr, ssim
-from layers.record import build
 from scripts import reconstruct
-from training.run import CLASSES, RunError, RunFolder, load_run
-
-RECORD = {
-    "class_path": "VQTokenizer",
-    "init_args": {
-        "image_size": 16,
-        "quantizer": {"class_path": "VectorQuantizer", "init_args": {"vocab_size": 64, "dim": 4}},
-        "channels": 8,
-        "encoder_mult": [1, 2],
-        "groups": 4,
-        "z_channels": 8,
-    },
-}
+from tests.small import tokenizer_run
+from training.run import RunError, load_run
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """The run folder of a small tokenizer with random weights, made for emoji of 16x16."""
-    folder = RunFolder(tmp_path / "run", "tokenizer", RECORD, open_set("emoji32", split="train").describe(), 0)
-    torch.manual_seed(0)
-    tokenizer = build(RECORD, CLASSES)
-    folder.begin()
-    folder.export(tokenizer.state_dict(), tokenizer.spec, step=1)
-    return folder.path
+    return tokenizer_run(tmp_path / "run", open_set("emoji32", split="train").describe())
 
 
 def test_scores_and_pictures(run: Path) -> None:

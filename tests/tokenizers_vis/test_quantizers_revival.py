@@ -105,7 +105,7 @@ def on_one_of_two(rank: int, folder: Path) -> None:
 
 def test_two_processes_keep_one_codebook(tmp_path: Path) -> None:
     mp.spawn(on_one_of_two, (tmp_path,), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     starts = [quantizer.state_dict() for quantizer in four_quantisers()]
     for ours, theirs in zip(first, second, strict=True):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
