@@ -5,11 +5,11 @@
         audit.update(pictures, labels)
     print("\\n".join(audit.lines()))
 
-One pass; per picture 34 bytes are kept. The outcome does not depend on batch sizes, nor on how the pictures are divided
-among processes.
+One pass; per picture 55 bytes are kept, its checksum among them, from which that of the whole set is made. The outcome
+does not depend on batch sizes, nor on how the pictures are divided among processes. Clips (B, 3, T, H, W) are audited as
+wholes, and for frames that do not move.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,10 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from eval.pictures import PictureError
+from eval.pictures import PictureError, check_pictures, checksums, content_sha256
 
 NAMED = 10  # how many pictures, pairs or classes a finding and the record name
 RARE = 1e-3  # what random draws give with less than this probability, they are not believed to have given
@@ -28,12 +27,14 @@ UNLABELLED = -1
 ROW = np.dtype(
     [
         ("index", "<i8"),
-        ("digest", "S16"),
+        ("digest", "V32"),
         ("label", "<i4"),
+        ("frames", "<u2"),  # 0: a picture
         ("height", "<u2"),
         ("width", "<u2"),
         ("grey", "?"),
         ("constant", "?"),
+        ("still", "?"),
     ],
 )
 
@@ -73,8 +74,33 @@ class ClassBalance:
         return "uneven" if self.p < RARE else "random"
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What an audit keeps of a batch. rows of ROW, without index and label; levels int64 (256,)."""
+
+    rows: np.ndarray
+    levels: Tensor
+
+
+def facts(name: str, pictures: Tensor) -> Facts:
+    """Of uint8 pictures (B, 3, H, W) or clips (B, 3, T, H, W), on any device. Raises PictureError for anything else."""
+    check_pictures(name, pictures)
+    rows = np.zeros(len(pictures), ROW)
+    *frames, rows["height"], rows["width"] = pictures.shape[2:]
+    rows["frames"] = frames[0] if frames else 0
+    pictures = pictures.cpu()
+    red, green, blue = pictures.unbind(1)
+    rows["grey"] = ((red == green) & (green == blue)).flatten(1).all(1).numpy()
+    corner = pictures.flatten(2)[:, :, :1]
+    rows["constant"] = (pictures.flatten(2) == corner).flatten(1).all(1).numpy()
+    if frames:
+        rows["still"] = (pictures == pictures[:, :, :1]).flatten(1).all(1).numpy() & (frames[0] > 1)
+    rows["digest"] = np.array(checksums(pictures), "V32")
+    return Facts(rows, pictures.flatten().bincount(minlength=256))
+
+
 class Audit:
-    """Facts of a set of uint8 pictures, gathered batch by batch. levels int64 (256,): how often each grey level occurs.
+    """Facts of a set of uint8 pictures or clips, gathered batch by batch. levels int64 (256,): how often each occurs.
 
     expected: how many pictures the protocol asks for. num_classes: default, the highest label + 1.
     """
@@ -87,47 +113,50 @@ class Audit:
         self._kept = bytearray()  # of ROW
 
     def update(self, pictures: Tensor, labels: Tensor | None = None, indices: Tensor | None = None) -> None:
-        """pictures uint8 (B, 3, H, W), labels int (B,), indices int (B,): places in the whole set, by default counted on.
+        """pictures uint8 (B, 3, H, W) or clips (B, 3, T, H, W), labels int (B,), indices int (B,): places in the whole set,
+        by default counted on.
 
         One of several processes must give the indices of its pictures. Raises PictureError for anything else, and for a
         label that is none of the classes.
         """
-        if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3 or not pictures.numel():
-            raise PictureError(
-                f"{self.name}: expected uint8 pictures (B, 3, H, W), got {pictures.dtype} {tuple(pictures.shape)}"
-            )
+        self.take(facts(self.name, pictures), labels, indices)
+
+    def take(self, found: Facts, labels: Tensor | None = None, indices: Tensor | None = None) -> None:
+        """`update`, of facts that were made elsewhere, in another thread, say."""
+        rows = found.rows.copy()
         for what, numbers in (("labels", labels), ("indices", indices)):
-            if numbers is not None and (numbers.shape != pictures.shape[:1] or numbers.is_floating_point()):
+            if numbers is not None and (numbers.shape != rows.shape or numbers.is_floating_point()):
                 raise PictureError(
-                    f"{self.name}: {what} must be integers, one for each of {len(pictures)} pictures; "
+                    f"{self.name}: {what} must be integers, one for each of {len(rows)} pictures; "
                     f"they are {numbers.dtype} {tuple(numbers.shape)}"
                 )
-        rows = np.zeros(len(pictures), ROW)
-        rows["index"] = np.arange(self.count, self.count + len(pictures)) if indices is None else indices.cpu().numpy()
+        rows["index"] = np.arange(self.count, self.count + len(rows)) if indices is None else indices.cpu().numpy()
         rows["label"] = UNLABELLED if labels is None else self._classes(labels, rows["index"])
-        rows["height"], rows["width"] = pictures.shape[-2:]
-        pixels = rearrange(pictures, "b c h w -> b h w c").cpu().contiguous()
-        self.levels += pixels.flatten().bincount(minlength=256)
-        pixels = rearrange(pixels, "b h w c -> b (h w) c").numpy()
-        rows["grey"] = ((pixels[..., 0] == pixels[..., 1]) & (pixels[..., 1] == pixels[..., 2])).all(1)
-        in_a_row = rearrange(pixels, "b p c -> b (p c)")
-        rows["constant"] = (in_a_row[:, 3:] == in_a_row[:, :-3]).all(1)  # every pixel is as the one before
-        size = hashlib.sha256("{}x{}".format(*pictures.shape[-2:]).encode())
-        for row, picture in zip(rows, pixels, strict=True):
-            digest = size.copy()
-            digest.update(picture)
-            row["digest"] = digest.digest()[:16]
+        self.levels += found.levels
         self._kept += rows.tobytes()
 
-    def merge(self, other: "Audit") -> None:
-        """Take in what another process has seen of the same set. Raises ValueError where the two ask for other things."""
-        if (self.expected, self.num_classes) != (other.expected, other.num_classes):
-            raise ValueError(
-                f"Audit.merge: {self.name} expects {self.expected} pictures in {self.num_classes} classes, "
-                f"{other.name} {other.expected} in {other.num_classes}; make both alike"
-            )
-        self.levels += other.levels
-        self._kept += other._kept
+    def sums(self) -> dict[str, Tensor]:
+        """What it holds, as tensors: levels, and rows uint8 (n, bytes of ROW)."""
+        rows = (
+            torch.frombuffer(bytearray(self._kept), dtype=torch.uint8)
+            if self._kept
+            else torch.empty(0, dtype=torch.uint8)
+        )
+        return {"levels": self.levels, "rows": rows.view(-1, ROW.itemsize)}
+
+    def add(self, sums: dict[str, Tensor]) -> None:
+        """Take in what another has seen of the same set."""
+        self.levels += sums["levels"]
+        self._kept += sums["rows"].numpy().tobytes()
+
+    def checksum(self, index: int) -> bytes:
+        """Of one picture, as `eval.pictures.checksums` takes it."""
+        rows = self._rows()
+        return rows["digest"][np.searchsorted(rows["index"], index)].tobytes()
+
+    def sha256(self) -> str:
+        """The checksum of the whole set, as `eval.pictures.content_sha256` takes it."""
+        return content_sha256(np.ascontiguousarray(self._rows()["digest"]).tobytes())
 
     @property
     def count(self) -> int:
@@ -150,10 +179,16 @@ class Audit:
         """How many pictures have three equal channels."""
         return int(self._rows()["grey"].sum())
 
-    def sizes(self) -> dict[tuple[int, int], int]:
-        """(height, width) -> how many pictures have it, the most frequent first."""
+    def still(self) -> list[int]:
+        """Indices of clips whose frames are all equal."""
         rows = self._rows()
-        found = Counter(zip(rows["height"].tolist(), rows["width"].tolist(), strict=True))
+        return rows["index"][rows["still"]].tolist()
+
+    def sizes(self) -> dict[tuple[int, ...], int]:
+        """(height, width), of clips (frames, height, width) -> how many have it, the most frequent first."""
+        rows = self._rows()
+        shapes = zip(*(rows[axis].tolist() for axis in ("frames", "height", "width")), strict=True)
+        found = Counter(shape if shape[0] else shape[1:] for shape in shapes)
         return dict(sorted(found.items(), key=lambda entry: (-entry[1], entry[0])))
 
     def value_range(self) -> tuple[int, int]:
@@ -191,6 +226,7 @@ class Audit:
             self._of_constants(),
             self._of_sizes(),
             self._of_grey(),
+            *([self._of_motion()] if self._clips else []),
         ]
 
     def record(self) -> dict[str, Any]:
@@ -209,8 +245,12 @@ class Audit:
             "range": list(self.value_range()) if self.count else None,
             "levels": int((self.levels > 0).sum()),
             "constant": {"count": len(constant), "first": constant[:NAMED]},
-            "sizes": [{"height": h, "width": w, "count": count} for (h, w), count in self.sizes().items()],
+            "sizes": [
+                dict(zip(("width", "height", "frames"), reversed(size), strict=False)) | {"count": count}
+                for size, count in self.sizes().items()
+            ],
             "grey": self.grey(),
+            "still": len(self.still()),
             "findings": [asdict(finding) for finding in self.findings()],
         }
 
@@ -237,19 +277,19 @@ class Audit:
     def _of_count(self) -> Finding:
         if self.expected in (None, self.count):
             told = "" if self.expected is None else ", as the protocol asks"
-            return Finding("count", "note", f"{self.count} pictures{told}")
+            return Finding("count", "note", f"{self.count} {self._things}{told}")
         lack = self.expected - self.count
         cure = f"make {lack} more" if lack > 0 else f"leave out the last {-lack}"
-        text = f"{self.count} pictures, the protocol asks for {self.expected}: scores are not comparable; {cure}"
+        text = f"{self.count} {self._things}, the protocol asks for {self.expected}: scores are not comparable; {cure}"
         return Finding("count", "warning", text)
 
     def _of_duplicates(self) -> Finding:
         pairs = self.duplicates()
         if not pairs:
-            return Finding("duplicates", "note", "no two pictures are equal")
+            return Finding("duplicates", "note", f"no two {self._things} are equal")
         named = _first([f"{later} = {first}" for first, later in pairs])
         text = (
-            f"{len(pairs)} of {self.count} pictures equal an earlier one ({named}); "
+            f"{len(pairs)} of {self.count} {self._things} equal an earlier one ({named}); "
             "give every process its own seed and share, and drop what a sampler repeats to fill its last batch"
         )
         return Finding("duplicates", "warning", text)
@@ -297,23 +337,39 @@ class Audit:
     def _of_constants(self) -> Finding:
         constant = self.constant()
         if not constant:
-            return Finding("constant", "note", "no picture is of one colour")
+            return Finding("constant", "note", f"no {self._things.removesuffix('s')} is of one colour")
         text = (
-            f"{len(constant)} of {self.count} pictures are of one colour ({_first(constant)}); "
+            f"{len(constant)} of {self.count} {self._things} are of one colour ({_first(constant)}); "
             "look at them: NaN in the model, or places in the file that were never written"
         )
         return Finding("constant", "warning", text)
 
     def _of_sizes(self) -> Finding:
         sizes = self.sizes()
-        text = ", ".join(f"{count} of {height}x{width}" for (height, width), count in list(sizes.items())[:NAMED])
+        text = ", ".join(f"{count} of {'x'.join(map(str, size))}" for size, count in list(sizes.items())[:NAMED])
+        axes = "frames x height x width" if self._clips else "height x width"
         if len(sizes) == 1:
-            return Finding("resolution", "note", f"{text} (height x width)")
-        text = f"{len(sizes)} sizes (height x width): {text}; bring all pictures to one size by a stated rule"
+            return Finding("resolution", "note", f"{text} ({axes})")
+        text = f"{len(sizes)} sizes ({axes}): {text}; bring all {self._things} to one size by a stated rule"
         return Finding("resolution", "warning", text)
 
     def _of_grey(self) -> Finding:
-        return Finding("colour", "note", f"{self.grey()} of {self.count} pictures are grey, three equal channels")
+        return Finding("colour", "note", f"{self.grey()} of {self.count} {self._things} are grey, three equal channels")
+
+    def _of_motion(self) -> Finding:
+        still = self.still()
+        if not still:
+            return Finding("motion", "note", "the frames of every clip differ")
+        text = f"{len(still)} of {self.count} clips are still, all their frames equal ({_first(still)}); look at them"
+        return Finding("motion", "warning", text)
+
+    @property
+    def _clips(self) -> bool:
+        return any(len(size) == 3 for size in self.sizes())
+
+    @property
+    def _things(self) -> str:
+        return "clips" if self._clips else "pictures"
 
 
 def _first(entries: Sequence[object]) -> str:

@@ -16,9 +16,9 @@ class FeatureError(RuntimeError):
 class NetworkRecord:
     """The part of a protocol that belongs to the feature network.
 
-    layer, dim: the output the Fréchet distance is taken on and its width. preprocessing: resizer and scaling.
-    distance: the name of that distance; only the published Inception weights may say "fid".
-    comparable_to_papers: whether published numbers are made with this very network.
+    layer, dim: its main output, which the Fréchet distance is taken on, and its width. preprocessing: resizer and
+    scaling. distance: the name of that distance; only the published Inception weights may say "fid", a stand-in says
+    "fd_" and a short name of its own. comparable_to_papers: whether published numbers are made with this very network.
     """
 
     name: str
@@ -29,13 +29,19 @@ class NetworkRecord:
     distance: str
     comparable_to_papers: bool
 
+    @property
+    def short(self) -> str:
+        """What other scores than the distance are called after, where the network is not the published one."""
+        return self.distance.removeprefix("fd_").removeprefix("frechet_").removesuffix("_distance")
+
 
 @dataclass(frozen=True)
 class FeatureNetwork:
     """A frozen network.
 
-    extract: uint8 (B, 3, H, W) on `device` -> named outputs of B rows. One is `record.layer`, float (B, dim). A network
-    that knows the labels of the data also gives "logits" (B, classes); the scorer then reports the label accuracy.
+    extract: uint8 pictures (B, 3, H, W) or clips (B, 3, T, H, W) on `device` -> named outputs of B rows, float (B, d)
+    or (B,); one is `record.layer`, (B, dim). A network of pairs takes (B, 2, 3, H, W), each sample before its original.
+    Where a protocol does not round, the pictures are float grey levels in [0, 255], and extract takes those.
     """
 
     record: NetworkRecord

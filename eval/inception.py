@@ -2,29 +2,29 @@
 
 Source: Heusel et al. 2017 (arXiv:1706.08500); weights and network as in torch-fidelity `inception-v3-compat`. The input
 is uint8; the three ways in use to bring it to 299x299 and to scale it are entries of PREPROCESSING.
+
+The features differ from theirs in the order of summation only: every batch norm is part of the convolution before it,
+and on a CPU a few pictures at a time go through, channels last, so that they stay in its cache.
 """
 
 import io
-import logging
-import pickle
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.hub import download_url_to_file, get_dir
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d, FeatureExtractorInceptionV3
 
 from eval.features import FeatureError, FeatureNetwork, NetworkRecord
 from eval.files import sha256_of
 from eval.resize import resize
+from eval.weights import cure, find_weights, is_published, read_state
 
-log = logging.getLogger(__name__)
-
-FILE = URL_INCEPTION_V3.rsplit("/", 1)[1]
-SHA256_PREFIX = FILE.removesuffix(".pth").rsplit("-", 1)[1]
-SAME_CONTENT = "pt_inception-2015-12-05-6726825d.pth"  # the name the file has in pytorch-fid's releases
+NETWORK = "inception"
+TENSORS, CLASSES = 566, 1008  # of the published file, and of its last layer
 LAYER, DIM = "2048", 2048
 SIDE = 299
+CHUNK = 8  # pictures at a time on a CPU
 SPATIAL_CHANNELS = 7  # of the first branch of Mixed_6d, after its ReLU: the features of sFID
 
 PREPROCESSING = {
@@ -42,23 +42,23 @@ STAGES = {  # name of the features -> the layers from the stage before up to the
 
 
 def inception_network(
-    weights: str | Path | None = None, device: torch.device | str = "cpu", preprocessing: str = "tf1"
+    weights: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    preprocessing: str = "tf1",
+    allow_download: bool = False,
+    strict: bool = False,
 ) -> FeatureNetwork:
     """The network of FID on `device`, in float32.
 
-    weights: a local file; without it the published one is taken from torch's download folder, or downloaded into it.
-    Other weights than the published ones serve as well, but their distance is never called FID.
-    preprocessing: a key of PREPROCESSING. Raises FeatureError for another one, and for weights that cannot be had, are
-    damaged, or belong to another network.
+    weights: a local file; without it, what eval/weights.py finds. Other weights than the published ones serve as well,
+    but their distance is never called FID; strict: they are an error. preprocessing: a key of PREPROCESSING.
+    Raises MetricWeightsMissing where there is no file, FeatureError for one that is damaged or of another network, and
+    for another preprocessing.
     """
     _input_rule(preprocessing)
-    path = _published_file() if weights is None else Path(weights)
-    if not path.is_file():
-        raise FeatureError(f"{path}: no such weights file. {_cure()}")
+    path = find_weights(NETWORK, weights, allow_download)
     sha256 = sha256_of(path)
-    published = sha256.startswith(SHA256_PREFIX)
-    if not published:
-        log.warning("%s: sha256 %s…, the published weights have %s…; not FID", path, sha256[:8], SHA256_PREFIX)
+    published = is_published(NETWORK, path, sha256, strict)
     model = load_inception(path).to(device)
     record = NetworkRecord(
         name="InceptionV3 2015-12-05 (torch-fidelity)" + ("" if published else " with unpublished weights"),
@@ -71,7 +71,7 @@ def inception_network(
     )
 
     def extract(pictures: Tensor) -> dict[str, Tensor]:
-        return {LAYER: inception_features(model, pictures, preprocessing)[LAYER]}
+        return inception_features(model, pictures, preprocessing)
 
     return FeatureNetwork(record, torch.device(device), torch.float32, extract)
 
@@ -86,8 +86,18 @@ def inception_features(
     7 channels at 17 x 17 places of Mixed_6d, for sFID (Nash et al. 2021, arXiv:2103.03841), channels running fastest.
     Raises FeatureError for another preprocessing than the keys of PREPROCESSING.
     """
-    rule, centre, scale = _input_rule(preprocessing)
+    rule = _input_rule(preprocessing)
+    parts = pictures.split(CHUNK) if pictures.device.type == "cpu" else [pictures]
+    found = [_features(model, part, *rule) for part in parts]
+    return {name: torch.cat([features[name] for features in found]) for name in found[0]}
+
+
+def _features(
+    model: FeatureExtractorInceptionV3, pictures: Tensor, rule: str, centre: float, scale: float
+) -> dict[str, Tensor]:
     x = (resize(pictures, (SIDE, SIDE), rule) - centre) / scale
+    if x.device.type == "cpu":
+        x = x.contiguous(memory_format=torch.channels_last)
     features = {}
     for name, layers in STAGES.items():
         for layer in layers:
@@ -100,26 +110,32 @@ def inception_features(
 
 
 def load_inception(path: Path) -> FeatureExtractorInceptionV3:
-    """The network, in eval mode, with the tensors of a torch file, which is read without running code from it.
+    """The network, in eval mode, with the tensors of a torch file, a safetensors file or a TorchScript archive.
 
-    Raises FeatureError for a file that is damaged or holds another network.
+    Its batch norms are folded into the convolutions, in float64. No code from the file is run. Raises FeatureError for
+    a file that is damaged or holds another network.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError, ValueError) as error:
-        raise FeatureError(f"{path}: not a readable file of tensors ({error}). {_cure()}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise FeatureError(f"{path}: holds no flat dict of tensors. {_cure()}")
+    state = read_state(path, NETWORK)
+    if "fc.weight" not in state or len(state["fc.weight"]) != CLASSES or len(state) != TENSORS:
+        classes = len(state["fc.weight"]) if "fc.weight" in state else "no"
+        raise FeatureError(
+            f"{path}: not the weights of the FID network: {len(state)} tensors and {classes} classes in fc.weight, must "
+            f"be {TENSORS} and {CLASSES}. torchvision's inception_v3 has 1000 classes: its distance is not comparable to "
+            f"any FID.{cure(NETWORK)}"
+        )
     copy = io.BytesIO()  # torch-fidelity loads files with pickle; it gets a copy that we wrote
     torch.save(state, copy)
     copy.seek(0)
     try:
-        return FeatureExtractorInceptionV3("inception-v3-compat", [LAYER], feature_extractor_weights_path=copy)
+        model = FeatureExtractorInceptionV3("inception-v3-compat", [LAYER], feature_extractor_weights_path=copy)
     except RuntimeError as error:
         raise FeatureError(
-            f"{path}: not the weights of the FID network (a classifier of 1000 classes, as torchvision has it, gives "
-            f"another distance): {str(error)[:300]} … {_cure()}"
+            f"{path}: not the weights of the FID network: {str(error)[:300]} …{cure(NETWORK)}"
         ) from error
+    for block in [module for module in model.modules() if isinstance(module, BasicConv2d)]:
+        block.conv = fuse_conv_bn_eval(block.conv.double(), block.bn.double()).float()
+        block.bn = nn.Identity()
+    return model
 
 
 def _input_rule(preprocessing: str) -> tuple[str, float, float]:
@@ -127,24 +143,3 @@ def _input_rule(preprocessing: str) -> tuple[str, float, float]:
     if preprocessing not in PREPROCESSING:
         raise FeatureError(f"inception: unknown preprocessing {preprocessing!r}; known: {', '.join(PREPROCESSING)}")
     return {"tf1": ("tf1", 128, 128), "pytorch": ("torch", 127.5, 127.5), "clean": ("clean", 128, 128)}[preprocessing]
-
-
-def _published_file() -> Path:
-    folder = Path(get_dir()) / "checkpoints"
-    for name in (FILE, SAME_CONTENT):
-        if (folder / name).is_file():
-            return folder / name
-    log.info("downloading %s to %s (95 MB)", URL_INCEPTION_V3, folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        download_url_to_file(URL_INCEPTION_V3, str(folder / FILE), hash_prefix=SHA256_PREFIX)
-    except (OSError, RuntimeError) as error:  # no network; or another content than the name says
-        raise FeatureError(f"the Inception weights could not be downloaded ({error}). {_cure()}") from error
-    return folder / FILE
-
-
-def _cure() -> str:
-    return (
-        f"Get {URL_INCEPTION_V3} (95 MB, sha256 begins with {SHA256_PREFIX}) on a machine with a network, "
-        "and name the file with --inception-weights FILE"
-    )

@@ -9,7 +9,9 @@ import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,75 +34,123 @@ class PictureError(ValueError):
 
 @dataclass(frozen=True)
 class PictureSet:
-    """count pictures. batches(B) -> uint8 (<= B, 3, H, W) on the CPU, in order, afresh at every call; labels int64 (count,)."""
+    """count pictures, or clips. labels int64 (count,).
+
+    read(B, start, stop): the pictures numbered start .. stop - 1 in batches of at most B, in order, afresh at every call:
+    uint8 (B, 3, H, W) or clips (B, 3, T, H, W); or, where `floats`, float in [-1, 1], which a protocol's rule rounds.
+    """
 
     name: str
     count: int
-    batches: Callable[[int], Iterator[Tensor]]
+    read: Callable[[int, int, int], Iterator[Tensor]]
     origin: Origin
     labels: Tensor | None = None
+    floats: bool = False
 
     def __post_init__(self) -> None:
         if self.labels is not None and len(self.labels) != self.count:
             raise PictureError(f"{self.name}: {self.count} pictures, but {len(self.labels)} labels")
 
+    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """All pictures, or those from `start` to before `stop`. Raises PictureError where they turn out damaged."""
+        return self.read(size, start, self.count if stop is None else stop)
+
+
+def check_pictures(name: str, pictures: Tensor) -> None:
+    """Raises PictureError for anything but uint8 (B, 3, H, W) or (B, 3, T, H, W)."""
+    if pictures.dtype != torch.uint8 or pictures.ndim not in (4, 5) or pictures.shape[1] != 3 or not pictures.numel():
+        raise PictureError(
+            f"{name}: expected uint8 pictures (B, 3, H, W) or clips (B, 3, T, H, W), "
+            f"got {pictures.dtype} {tuple(pictures.shape)}"
+        )
+
+
+def checksums(pictures: Tensor) -> list[bytes]:
+    """sha256 of each picture or clip, (B, 3, ...) uint8 or float32: of the text "HxW" or "TxHxW", then its pixels, row by
+    row, channels last."""
+    size = hashlib.sha256("x".join(map(str, pictures.shape[2:])).encode())
+    found = []
+    for pixels in pictures.movedim(1, -1).cpu().contiguous().numpy():
+        digest = size.copy()
+        digest.update(pixels)
+        found.append(digest.digest())
+    return found
+
+
+def content_sha256(in_order: bytes) -> str:
+    """sha256 of a whole set, from the `checksums` of its pictures one after the other: whoever took them, in whatever
+    batches, and from whatever container they came."""
+    return hashlib.sha256(in_order).hexdigest()
+
 
 class PixelDigest:
-    """Count, size and sha256 of pictures as they pass, the same from whatever container or batch size they come.
-
-    The sum is over the text "uint8 HxWx3" and then the pixels, picture by picture, row by row, channels last.
-    """
+    """Count, size and checksum of pictures as they pass in order."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.count = 0
         self.size: tuple[int, int] | None = None
-        self._digest = hashlib.sha256()
+        self._kept: list[bytes] = []
+
+    @property
+    def count(self) -> int:
+        return len(self._kept)
 
     def update(self, pictures: Tensor) -> None:
-        """Raises PictureError for anything but uint8 (B, 3, H, W) of one size."""
-        if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
-            raise PictureError(
-                f"{self.name}: expected uint8 pictures (B, 3, H, W), got {pictures.dtype} {tuple(pictures.shape)}"
-            )
+        """Raises PictureError for anything but uint8 pictures (B, 3, H, W) of one size."""
+        check_pictures(self.name, pictures)
         height, width = pictures.shape[-2:]
-        if self.size is None:
-            self.size = (height, width)
-            self._digest.update(f"uint8 {height}x{width}x3".encode())
+        self.size = (height, width) if self.size is None else self.size
         if self.size != (height, width):
             raise PictureError(f"{self.name}: picture {self.count} is {height}x{width}, those before are {self.size}")
-        self._digest.update(rearrange(pictures, "b c h w -> b h w c").cpu().contiguous().numpy())
-        self.count += len(pictures)
+        self._kept += checksums(pictures)
 
     def record(self, origin: Origin) -> PicturesRecord:
         """Raises PictureError where no picture has passed."""
         if self.size is None:
             raise PictureError(f"{self.name}: holds no pictures")
         height, width = self.size
-        return PicturesRecord(self.name, self._digest.hexdigest(), self.count, height, width, origin)
+        return PicturesRecord(self.name, content_sha256(b"".join(self._kept)), self.count, height, width, origin)
 
 
 def from_tensor(name: str, pictures: Tensor, origin: Origin, labels: Tensor | None = None) -> PictureSet:
-    """Pictures in memory, uint8 (N, 3, H, W)."""
-    return PictureSet(name, len(pictures), lambda size: iter(pictures.split(size)), origin, labels)
+    """Pictures in memory, uint8 (N, 3, H, W), or clips (N, 3, T, H, W); or float in [-1, 1]."""
+    floats = pictures.is_floating_point()
+    return PictureSet(
+        name, len(pictures), lambda size, start, stop: iter(pictures[start:stop].split(size)), origin, labels, floats
+    )
 
 
 def from_batches(
     name: str,
     count: int,
-    batches: Callable[[int], Iterable[Mapping[str, Tensor]]],
+    batches: Callable[[int, int, int], Iterable[Mapping[str, Tensor]]],
     record: Mapping[str, Any],
     labels: Tensor | None = None,
     rule: str = "trunc_128",
 ) -> PictureSet:
-    """Real pictures as a loader gives them: batches(B) of dicts whose "image" is float (<= B, 3, H, W) in [-1, 1].
+    """Real pictures as a loader gives them: batches(B, start, stop) of dicts whose "image" is float (<= B, 3, H, W) in
+    [-1, 1].
 
     record: what the data set says of itself. rule: a key of UINT8_RULES, by which the pictures become uint8.
     """
-    origin = Origin.of_data(UINT8_RULES[rule], record)
-    return PictureSet(
-        name, count, lambda size: (to_uint8(batch["image"], rule) for batch in batches(size)), origin, labels
-    )
+
+    def read(size: int, start: int, stop: int) -> Iterator[Tensor]:
+        for batch in batches(size, start, stop):
+            yield rounded(name, batch["image"], rule, start)
+            start += len(batch["image"])
+
+    return PictureSet(name, count, read, Origin.of_data(UINT8_RULES[rule], record), labels)
+
+
+def rounded(name: str, images: Tensor, rule: str, first: int) -> Tensor:
+    """`to_uint8` of pictures or clips whose numbers begin with `first`. Raises PictureError for NaN, naming the picture."""
+    broken = ~images.isfinite().flatten(1).all(1)
+    if broken.any():
+        number = first + int(broken.nonzero()[0])
+        raise PictureError(f"{name}: picture {number} holds NaN or infinite pixels; look at what made it")
+    if images.ndim == 5:
+        return rearrange(to_uint8(rearrange(images, "b c t h w -> b t c h w"), rule), "b t c h w -> b c t h w")
+    return to_uint8(images, rule)
 
 
 def read_pictures(path: str | Path) -> PictureSet:
@@ -112,9 +162,9 @@ def read_pictures(path: str | Path) -> PictureSet:
     """
     path = Path(path)
     if path.is_dir():
-        pictures, record = _read_folder(path), _read_beside(path / "samples.json")
+        pictures, record = _read_folder(path), read_record(path / "samples.json")
     elif path.suffix == ".npz":
-        pictures, record = _read_npz(path), _read_beside(path.with_suffix(".json"))
+        pictures, record = _read_npz(path), read_record(path.with_suffix(".json"))
     else:
         raise PictureError(f"{path}: {'give NAME.npz or a folder' if path.exists() else 'no such file or folder'}")
     promised = record.get("count", pictures.count)
@@ -125,30 +175,30 @@ def read_pictures(path: str | Path) -> PictureSet:
     return replace(pictures, origin=Origin.of_samples(record))
 
 
-def _read_beside(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """The JSON beside samples, {} where there is none. Raises PictureError for anything but a JSON object."""
     try:
         record = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
         raise PictureError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(record, dict):
-        raise PictureError(f"{path}: expected a JSON object that says how the pictures were made")
+        raise PictureError(f"{path}: expected a JSON object that says how the samples were made")
     return record
 
 
-def _read_npz(path: Path) -> PictureSet:
+def open_arrays(path: Path, shape: str) -> tuple[tuple[int, ...], np.dtype, bool, Tensor | None]:
+    """Of an npz: shape, dtype and whether columns come first in arr_0, which is not read; arr_1, labels int64 (N,).
+
+    shape: what arr_0 should be, in words. Raises PictureError for a damaged file, without arr_0, or with other labels.
+    """
+    labels = None
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
-            if "mu" in names:
-                raise PictureError(
-                    f"{path}: holds the statistics (mu, sigma) of a feature network that it does not name; "
-                    "give the pictures they were made from"
-                )
             if "arr_0" not in names:
-                raise PictureError(f"{path}: has no array arr_0, uint8 (N, H, W, 3); it holds {sorted(names)}")
+                raise PictureError(f"{path}: has no array arr_0, uint8 {shape}; it holds {sorted(names)}")
             with archive.open("arr_0.npy") as file:
-                shape, dtype, fortran = _array_header(file)
-            labels = None
+                found, dtype, fortran = array_header(file)
             if "arr_1" in names:
                 with archive.open("arr_1.npy") as file:
                     labels = np.lib.format.read_array(file, allow_pickle=False)
@@ -156,38 +206,60 @@ def _read_npz(path: Path) -> PictureSet:
         if isinstance(error, PictureError):
             raise
         raise PictureError(f"{path}: not a whole npz file ({error}); copy or make it again") from error
+    if labels is None:
+        return found, dtype, fortran, None
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise PictureError(f"{path}: arr_1 must be integer labels (N,), it is {labels.dtype} {labels.shape}")
+    return found, dtype, fortran, torch.from_numpy(labels.astype(np.int64))
+
+
+def read_labels(folder: Path) -> Tensor | None:
+    """labels.json of a folder of samples, int64 (N,). Raises PictureError for anything but a list of integers."""
+    path = folder / "labels.json"
+    if not path.is_file():
+        return None
+    try:
+        return torch.tensor(json.loads(path.read_text()), dtype=torch.int64)
+    except (ValueError, TypeError) as error:
+        raise PictureError(f"{path}: not a JSON list of integers ({error})") from error
+
+
+def _read_npz(path: Path) -> PictureSet:
+    shape, dtype, fortran, labels = open_arrays(path, "(N, H, W, 3)")
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran:
         order = ", columns first" if fortran else ""
+        cure = "Floats must be brought to uint8 under a stated rule before they are saved"
+        if len(shape) == 5:
+            cure = "These are clips: score them under a protocol for clips"
         raise PictureError(
-            f"{path}: arr_0 must be uint8 (N, H, W, 3), channels last; it is {dtype} {shape}{order}. "
-            "Floats must be brought to uint8 under a stated rule before they are saved"
+            f"{path}: arr_0 must be uint8 (N, H, W, 3), channels last; it is {dtype} {shape}{order}. {cure}"
         )
-    if labels is not None and (labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer)):
-        raise PictureError(f"{path}: arr_1 must be integer labels (N,), it is {labels.dtype} {labels.shape}")
-    labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
-    return PictureSet(str(path), shape[0], lambda size: _npz_batches(path, shape, size), Origin.unknown(), labels)
+    return PictureSet(str(path), shape[0], partial(_npz_batches, path, shape), Origin.unknown(), labels)
 
 
-def _array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
+def array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
+    """Shape, dtype and whether columns come first, read off an npy file up to where its numbers begin."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
     return shape, dtype, fortran
 
 
-def _npz_batches(path: Path, shape: tuple[int, ...], size: int) -> Iterator[Tensor]:
+def _npz_batches(path: Path, shape: tuple[int, ...], size: int, start: int, stop: int) -> Iterator[Tensor]:
     count, *picture = shape
-    done = 0
+    bytes_each, done = int(np.prod(picture)), 0
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-            _array_header(file)
-            while done < count:
-                now = min(size, count - done)
-                content = bytearray(file.read(now * int(np.prod(picture))))
+            array_header(file)
+            while done < stop:  # those before `start` are read too: the archive's checksum is of all that passes
+                now = min(size, (start if done < start else stop) - done)
+                content = bytearray(file.read(now * bytes_each))
                 pictures = torch.frombuffer(content, dtype=torch.uint8).view(now, *picture)
-                yield rearrange(pictures, "b h w c -> b c h w")
+                if done >= start:
+                    yield rearrange(pictures, "b h w c -> b c h w")
                 done += now
-            file.read()  # to the end, where the archive's own checksum is compared
+            if stop == count:
+                file.read()  # to the end, where the archive's own checksum is compared
     except (*UNREADABLE, RuntimeError) as error:
         raise PictureError(f"{path}: damaged at picture {done} of {count} ({error}); copy or make it again") from error
 
@@ -196,32 +268,26 @@ def _read_folder(path: Path) -> PictureSet:
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
         raise PictureError(f"{path}: holds no pictures ({', '.join(SUFFIXES)})")
-    labels = None
-    if (path / "labels.json").is_file():
-        try:
-            labels = torch.tensor(json.loads((path / "labels.json").read_text()), dtype=torch.int64)
-        except (ValueError, TypeError) as error:
-            raise PictureError(f"{path}/labels.json: not a JSON list of integers ({error})") from error
-    return PictureSet(str(path), len(files), lambda size: _folder_batches(files, size), Origin.unknown(), labels)
+    return PictureSet(str(path), len(files), partial(_folder_batches, files), Origin.unknown(), read_labels(path))
 
 
-def _folder_batches(files: list[Path], size: int) -> Iterator[Tensor]:
-    first = None
-    for start in range(0, len(files), size):
-        pictures = []
-        for file in files[start : start + size]:
-            picture = _read_file(file)
-            first = picture.shape if first is None else first
-            if picture.shape != first:
-                raise PictureError(
-                    f"{file}: is {picture.shape[1]}x{picture.shape[2]}, {files[0]} is {first[1]}x{first[2]}; "
-                    "a score needs one size: crop them by a stated rule first"
-                )
-            pictures.append(picture)
-        yield torch.stack(pictures)
+def _folder_batches(files: list[Path], size: int, start: int, stop: int) -> Iterator[Tensor]:
+    shape = read_picture(files[0]).shape
+    with ThreadPoolExecutor() as pool:  # PIL decodes outside of Python's lock
+        for place in range(start, stop, size):
+            names = files[place : min(place + size, stop)]
+            pictures = list(pool.map(read_picture, names))
+            for file, picture in zip(names, pictures, strict=True):
+                if picture.shape != shape:
+                    raise PictureError(
+                        f"{file}: is {picture.shape[1]}x{picture.shape[2]}, {files[0]} is {shape[1]}x{shape[2]}; "
+                        "a score needs one size: crop them by a stated rule first"
+                    )
+            yield torch.stack(pictures)
 
 
-def _read_file(file: Path) -> Tensor:
+def read_picture(file: Path) -> Tensor:
+    """uint8 (3, H, W). Raises PictureError for a damaged file, and for another mode than RGB or grey."""
     try:
         with Image.open(file) as image:
             image.load()

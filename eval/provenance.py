@@ -1,7 +1,7 @@
 """What a number must carry: everything that had a part in it, as plain values.
 
-A score without its protocol cannot be compared with anything. Nothing here has a default: who scores says it all, and
-what a sample file does not tell is written down as not recorded.
+A score without its protocol cannot be compared with anything. Who scores says it all, and what a sample file does not
+tell is written down as not recorded.
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from platform import python_version
 from typing import Any
 
 from eval.features import NetworkRecord
+from eval.protocol import ProtocolRecord
 
 NOT_RECORDED = "not recorded"
 LIBRARIES = ("arloom", "torch", "torchvision", "torch-fidelity", "numpy", "pillow")
@@ -63,14 +64,18 @@ class Origin:
 
 @dataclass(frozen=True)
 class PicturesRecord:
-    """A set of pictures as it was scored; sha256 as `eval.pictures.PixelDigest` takes it."""
+    """A set of pictures as it was scored; sha256 as `eval.pictures.content_sha256` takes it. frames: of each clip.
+
+    Of published statistics the checksum is that of their file, and what it does not tell is NOT_RECORDED.
+    """
 
     name: str
     sha256: str
-    count: int
-    height: int
-    width: int
+    count: int | str
+    height: int | str
+    width: int | str
     origin: Origin
+    frames: int | str = 1
 
 
 @dataclass(frozen=True)
@@ -85,13 +90,17 @@ class Computation:
 
 @dataclass(frozen=True)
 class Provenance:
-    """definition: the metric in words. network, reference: None for a metric that has none."""
+    """definition: the metric in words. network, reference: None for a metric that has none.
+
+    protocol: None for a score that belongs to no named protocol.
+    """
 
     definition: str
     network: NetworkRecord | None
     samples: PicturesRecord
     reference: PicturesRecord | None
     computation: Computation
+    protocol: ProtocolRecord | None = None
 
     def line(self) -> str:
         """The protocol in one line, for a table; the whole of it is in the record."""
@@ -108,6 +117,8 @@ class Provenance:
         ]
         if self.network is not None and not self.network.comparable_to_papers:
             parts.append("not comparable to published numbers")
+        if self.protocol is not None:
+            parts += [f"protocol {self.protocol.name}", *self.protocol.departures]
         return "; ".join(parts)
 
 
@@ -137,5 +148,5 @@ def library_versions() -> dict[str, str]:
 
 def _pictures(role: str, record: PicturesRecord) -> str:
     rule = record.origin.quantisation
-    size = f"{record.width}x{record.height}"
+    size = f"{record.width}x{record.height}" + ("" if record.frames == 1 else f", {record.frames} frames")
     return f"{role} {record.count} of {record.name} ({record.sha256[:8]}, {size}, uint8 {rule})"

@@ -7,11 +7,13 @@
     report.save("report.html")
 
 Pictures are float (B, 3, H, W) in [-1, 1], brought to uint8 by clamp(127.5 x + 128, 0, 255), truncated.
+`evaluation_report` makes the whole page of an evaluation from what was gathered for its scores, with pictures in uint8.
 """
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,17 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from eval.audit import Finding
+from eval.bootstrap import Interval, share_interval
 from eval.files import write_whole
-from eval.pixels import to_uint8
+from eval.markdown import Intervals, markdown_table, protocol_name, score_key, shown, significant
+from eval.nearest import nearest
+from eval.pixels import from_uint8, to_uint8
 from eval.provenance import Score
 
 INK, ACCENT, FAINT = "#1f2933", "#2b6cb0", "#d9e2ec"
+CLASSES_IN_FULL = 20  # with more classes a table names the worst and the best CLASSES_AT_ENDS
+CLASSES_AT_ENDS = 8
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -60,6 +68,9 @@ td { border-bottom: 1px solid #e4e7eb; padding: .5rem .75rem .5rem 0; vertical-a
 tr:last-child td { border-bottom: 0; }
 td:first-child { font-weight: 600; }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.warning { color: #b44d12; font-weight: 600; }
+pre { margin: .9rem 0 0; padding: .8rem 1rem; background: #f5f7fa; border-radius: 6px; font-size: .78rem; line-height: 1.5;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
 td.protocol { color: #7b8794; font-size: .78rem; line-height: 1.45; overflow-wrap: anywhere; }
 </style>
 </head>
@@ -93,6 +104,7 @@ td.protocol { color: #7b8794; font-size: .78rem; line-height: 1.45; overflow-wra
 </tbody>
 </table></div>
 {% endif %}
+{% if section.code %}<pre>{{ section.code }}</pre>{% endif %}
 {% if section.note %}<p class="note">{{ section.note }}</p>{% endif %}
 </section>
 {% endfor %}
@@ -202,6 +214,24 @@ class Report:
         cells = [[_cell(column, row.get(column, "")) for column in columns] for row in rows]
         self.sections.append({"title": title, "columns": columns, "cells": cells, "note": note})
 
+    def code(self, title: str, code: str, note: str = "") -> None:
+        """Lines to copy, in a fixed width."""
+        self.sections.append({"title": title, "code": code, "note": note})
+
+    def bars(self, title: str, values: Tensor, level: float, axis: str, note: str = "") -> None:
+        """Values (K,) in [0, 1] as bars, from the lowest to the highest, with a dashed line at `level`."""
+        ordered = values.double().sort().values.tolist()
+        figure = Figure(figsize=(10, 2.6), layout="constrained")
+        axes = figure.add_subplot()
+        axes.bar(range(1, len(ordered) + 1), ordered, width=0.9, color=ACCENT, alpha=0.85)
+        axes.axhline(level, color=INK, linewidth=0.8, linestyle="--")
+        axes.set_xlim(0.5, len(ordered) + 0.5)
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("classes, lowest first (dashed: all pictures)", fontsize=8, color=INK)
+        axes.set_ylabel(axis, fontsize=8, color=INK)
+        _tidy(axes)
+        self.sections.append({"title": title, "chart": _svg(figure), "note": note})
+
     def html(self) -> str:
         page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
         return page.render(title=self.title, lead=self.lead, sections=self.sections)
@@ -212,9 +242,211 @@ class Report:
 
 
 def score_row(score: Score) -> dict[str, Any]:
-    """A score as a row of a table. Only here a distance that rounding left a little below 0 is shown as 0."""
-    value = 0.0 if -1e-6 < score.value < 0 else score.value
-    return {"metric": score.name, "value": value, "protocol": score.provenance.line()}
+    """A score as a row of a table."""
+    return {"metric": score.name, "value": shown(score.value), "protocol": score.provenance.line()}
+
+
+# ---- the page of an evaluation
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Samples uint8 (Q, 3, H, W), the nearest pictures of another set (Q, K, 3, H, W), their distances (Q, K).
+
+    sample, index: numbers in their sets, int64 (Q,) and (Q, K). looked: at how many samples; typical: the median of
+    their nearest distances. space, bank: what distances are of, and which set, in words.
+    """
+
+    samples: Tensor
+    pictures: Tensor
+    distances: Tensor
+    sample: Tensor
+    index: Tensor
+    looked: int
+    typical: float
+    space: str
+    bank: str
+
+
+def nearest_pictures(
+    sample_features: Tensor,
+    bank_features: Tensor,
+    samples: Iterable[Tensor],
+    bank: Iterable[Tensor],
+    space: str,
+    bank_name: str,
+    rows: int = 8,
+    count: int = 4,
+    looked: int = 1000,
+) -> Neighbours:
+    """Of `looked` samples spread over the whole set, the `rows` that lie nearest to the bank: copies come first.
+
+    sample_features (n, D), bank_features (m, D), float; samples, bank: batches uint8 (B, 3, H, W) of the pictures in the
+    same orders, of one size. Raises ValueError where a set has fewer pictures than features, or the bank fewer than count.
+    """
+    spread = torch.arange(0, len(sample_features), ceil(len(sample_features) / looked))
+    distance, index = nearest(sample_features[spread].float(), bank_features.split(4096), count)
+    closest = distance[:, 0].argsort(stable=True)[:rows].cpu()
+    index, distance_shown = index.cpu()[closest], distance.cpu()[closest]
+    return Neighbours(
+        samples=pictures_at(samples, spread[closest]),
+        pictures=pictures_at(bank, index.flatten()).unflatten(0, index.shape),
+        distances=distance_shown,
+        sample=spread[closest],
+        index=index,
+        looked=len(spread),
+        typical=float(distance[:, 0].median()),
+        space=space,
+        bank=bank_name,
+    )
+
+
+def pictures_at(batches: Iterable[Tensor], index: Tensor) -> Tensor:
+    """The pictures with these numbers, int64 (Q,), counted over all batches (B, ...) -> (Q, ...).
+
+    Stops reading after the last one asked for. Raises ValueError where there are fewer.
+    """
+    found, wanted, seen = {}, sorted(set(index.tolist())), 0
+    for batch in batches:
+        while len(found) < len(wanted) and wanted[len(found)] < seen + len(batch):
+            number = wanted[len(found)]
+            found[number] = batch[number - seen].clone()
+        seen += len(batch)
+        if len(found) == len(wanted):
+            return torch.stack([found[number] for number in index.tolist()])
+    raise ValueError(f"pictures_at: picture {wanted[len(found)]} asked of {seen}")
+
+
+def evaluation_report(
+    title: str,
+    scores: Sequence[Score],
+    samples: Tensor,
+    intervals: Intervals | None = None,
+    audits: Mapping[str, Sequence[Finding]] | None = None,
+    labels: Tensor | None = None,
+    guesses: Tensor | None = None,
+    class_names: Sequence[str] | None = None,
+    neighbours: Neighbours | None = None,
+    shown_labels: Tensor | None = None,
+) -> Report:
+    """The page of an evaluation: scores with intervals and protocol, audit, samples, nearest pictures, classes.
+
+    samples: some pictures to show, uint8 (B, 3, H, W), with their labels shown_labels int64 (B,), if any. intervals: by
+    `eval.markdown.score_key`. audits: findings by the name of the set. labels, guesses: int64 (n,), the class each sample
+    was made for and the class a network sees. class_names: of labels, else their numbers.
+    Raises ValueError for no scores, and where labels and guesses differ in number.
+    """
+    intervals = intervals or {}
+    protocols = list(dict.fromkeys(filter(None, map(protocol_name, scores))))
+    under = f" under {', '.join(protocols)}" if protocols else ""
+    page = Report(title, f"{len(scores)} scores{under}, and what to know before believing them.")
+    rows = [_score_with_interval(score, intervals.get(score_key(score))) for score in scores]
+    page.table("Scores", rows, _interval_note(list(intervals.values())))
+    page.code("For a paper's table", markdown_table({title: scores}, {title: intervals}))
+    if audits:
+        found = [
+            {"set": name, "about": it.name, "level": it.level, "finding": it.text}
+            for name, findings in audits.items()
+            for it in findings
+        ]
+        page.table("Audit", found)
+    _show_samples(page, samples, shown_labels, class_names)
+    if neighbours is not None:
+        _show_neighbours(page, neighbours)
+    if labels is not None and guesses is not None:
+        _show_classes(page, labels, guesses, class_names)
+    return page
+
+
+def class_accuracy(labels: Tensor, guesses: Tensor, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """A row for each class that occurs: pictures, share recognised with its 95 % interval, and what others are taken for.
+
+    labels, guesses int64 (n,). Raises ValueError where they differ in number.
+    """
+    if labels.shape != guesses.shape or labels.ndim != 1:
+        raise ValueError(f"class_accuracy: labels {tuple(labels.shape)}, guesses {tuple(guesses.shape)}")
+    rows = []
+    for label in labels.unique().tolist():
+        seen = guesses[labels == label]
+        right, wrong = int((seen == label).sum()), seen[seen != label]
+        interval = share_interval(right, len(seen))
+        taken = ""
+        if len(wrong):
+            most = int(wrong.bincount().argmax())
+            taken = f"{_class_name(most, names)} ({int((wrong == most).sum())})"
+        rows.append(
+            {
+                "class": _class_name(label, names),
+                "pictures": len(seen),
+                "accuracy": interval.value,
+                "95 %": f"{interval.low:.3f} .. {interval.high:.3f}",
+                "mostly taken for": taken,
+            }
+        )
+    return rows
+
+
+def _score_with_interval(score: Score, interval: Interval | None) -> dict[str, Any]:
+    row = score_row(score)
+    line = row.pop("protocol")
+    if interval is not None:
+        texts = significant(score.value, interval.standard_error), f"{shown(interval.low):.4g} .. {interval.high:.4g}"
+        row["value"], row["interval"] = (text.replace(" ", "\N{NO-BREAK SPACE}") for text in texts)
+    return row | {"protocol": line}
+
+
+def _interval_note(intervals: Sequence[Interval]) -> str:
+    if not intervals:
+        return ""
+    methods = ", ".join(dict.fromkeys(it.method for it in intervals))
+    return (
+        f"± standard error; {intervals[0].level:.0%} intervals over other draws of as many samples against the same "
+        f"reference ({methods}). The bias of a Fréchet distance, which falls as 1 / N, is part of its value."
+    )
+
+
+def _show_samples(page: Report, samples: Tensor, labels: Tensor | None, names: Sequence[str] | None) -> None:
+    images = from_uint8(samples)
+    if labels is None:
+        page.pictures("Samples", {f"{len(samples)} samples": images})
+        return
+    kinds = labels.unique().tolist()
+    rows = {_class_name(label, names): images[labels == label] for label in kinds}
+    page.pictures("Samples by class", rows)
+
+
+def _show_neighbours(page: Report, near: Neighbours) -> None:
+    rows, captions = {}, {}
+    lines = zip(
+        near.samples, near.pictures, near.distances.tolist(), near.sample.tolist(), near.index.tolist(), strict=True
+    )
+    for sample, pictures, distances, number, index in lines:
+        label = f"sample {number}"
+        rows[label] = from_uint8(torch.cat((sample[None], pictures)))
+        captions[label] = ["sample", *(f"{value:.3g} (no. {it})" for value, it in zip(distances, index, strict=True))]
+    note = (
+        f"Euclidean distance of {near.space}; of {near.looked} samples looked at, the {len(near.samples)} nearest to "
+        f"{near.bank}. The median of all is {near.typical:.3g}: distances far below it are copies, and 0 is the same picture "
+        "to the network."
+    )
+    page.pictures(f"Nearest pictures of {near.bank}", rows, captions, note, width=96)
+
+
+def _show_classes(page: Report, labels: Tensor, guesses: Tensor, names: Sequence[str] | None) -> None:
+    rows = class_accuracy(labels, guesses, names)
+    total = share_interval(int((labels == guesses).sum()), len(labels))
+    note = f"All pictures: {total.value:.4f}, 95 % {total.low:.4f} .. {total.high:.4f}."
+    if len(rows) > CLASSES_IN_FULL:
+        accuracies = torch.tensor([row["accuracy"] for row in rows])
+        page.bars("Accuracy of every class", accuracies, total.value, "share recognised")
+        rows.sort(key=lambda row: row["accuracy"])
+        note += f" The {CLASSES_AT_ENDS} lowest and the {CLASSES_AT_ENDS} highest of {len(rows)} classes."
+        rows = rows[:CLASSES_AT_ENDS] + rows[-CLASSES_AT_ENDS:]
+    page.table("Samples recognised as their class", rows, note)
+
+
+def _class_name(label: int, names: Sequence[str] | None) -> str:
+    return f"class {label}" if names is None else names[label]
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int, scale: int = 1, gap: int = 2) -> None:
@@ -265,6 +497,8 @@ def _tidy(axes: Any) -> None:
 def _cell(column: str, value: Any) -> tuple[str, str]:
     if column == "protocol":
         return "protocol", str(value)
+    if value == "warning":
+        return "warning", value
     if isinstance(value, float):
         return "number", f"{value:.4g}"
     return ("number" if isinstance(value, int) else ""), str(value)

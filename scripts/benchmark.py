@@ -1,7 +1,9 @@
-"""Measure our half of docs/benchmarks.md: decoding and tokenizing speed at published sizes, with random weights.
+"""Measure our half of docs/benchmarks.md: decoding and tokenizing speed at published sizes, with random weights, and the
+evaluation beside torch-fidelity.
 
     python scripts/benchmark.py sampling --size b --batch_size 4 --scale 4 --top_k 2000 --threads 2
     python scripts/benchmark.py tokenizer --channels 128 --image_size 256
+    python scripts/benchmark.py evaluation --weights pt_inception-2015-12-05-6726825d.pth --count 64 --threads 2
 
 Seconds of the wall clock and of processor time, the median of --repeats after a warm-up; and the conditions, as JSON.
 """
@@ -10,13 +12,29 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from math import inf
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 import torch
 from jsonargparse import auto_cli
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data import Dataset, Subset
+from torch_fidelity.datasets import ImagesPathDataset
+from torch_fidelity.metric_fid import fid_features_to_statistics
+from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
-from eval.efficiency import time_runs
+from eval.efficiency import compare, time_runs
+from eval.gather import Moments
+from eval.inception import LAYER, inception_network
+from eval.look import Want, look
+from eval.pictures import PictureSet, from_tensor, read_pictures
+from eval.provenance import Origin
+from eval.weights import find_weights
 from generators.next_token import NextToken
 from layers.noise import Noise
 from layers.packed import pack_linears
@@ -125,6 +143,55 @@ def tokenizer(
     )
 
 
+def evaluation(
+    weights: str | None = None,
+    count: int = 64,
+    image_size: int = 256,
+    batch_size: int = 32,
+    threads: int = 1,
+    repeats: int = 5,
+) -> None:
+    """From pictures to the statistics of FID, from memory and from a folder of PNG, beside torch-fidelity, in turn.
+
+    Args:
+        weights: The file of the FID network, for both. Default: the published one, where it is found.
+    """
+    torch.set_num_threads(threads)
+    path = find_weights("inception", weights)
+    want, networks = Want("inception/tf1", Moments(LAYER)), {"inception/tf1": inception_network(path)}
+    extractor = create_feature_extractor(
+        "inception-v3-compat", [LAYER], cuda=False, feature_extractor_weights_path=str(path), verbose=False
+    )
+
+    def ours(pictures: Callable[[], PictureSet], _: int) -> None:
+        look(pictures(), [want], networks, batch_size)
+
+    def theirs(pictures: Dataset, _: int) -> None:
+        in_process = threads == 1  # processor time is that of this process
+        found = get_featuresdict_from_dataset(pictures, extractor, batch_size, False, in_process, False)
+        fid_features_to_statistics(found[LAYER])
+
+    smooth = F.interpolate(torch.rand(count, 3, 16, 16) * 255, (image_size, image_size), mode="bilinear")
+    pictures = (smooth + 8 * torch.randn_like(smooth)).clamp(0, 255).to(torch.uint8)
+    figures = {"what": f"statistics of FID, {count} pictures, {image_size}x{image_size}", "batch_size": batch_size}
+    with TemporaryDirectory() as folder:
+        for number, picture in enumerate(pictures):
+            Image.fromarray(picture.movedim(0, -1).numpy()).save(Path(folder) / f"{number:06}.png")
+        files = sorted(Path(folder).iterdir())
+        sides = {
+            "tensors": (partial(from_tensor, "tensors", pictures, Origin.unknown()), Subset(pictures, range(count))),
+            "png": (partial(read_pictures, folder), ImagesPathDataset(files)),
+        }
+        for name, (own, other) in sides.items():
+            works = {"arloom": partial(ours, own), "torch-fidelity": partial(theirs, other)}
+            found = compare(works, "cpu", "float32", count, runs=repeats, warmup=1, seconds=inf).timings
+            clock = {who: timing.processor if threads == 1 else timing.wall for who, timing in found.items()}
+            medians = {who: statistics.median(seconds) for who, seconds in clock.items()}
+            figures |= {f"{name}, images_per_second, {who}": count / median for who, median in medians.items()}
+            figures[f"{name}, ratio"] = medians["torch-fidelity"] / medians["arloom"]
+    report({**figures, "clock": "processor" if threads == 1 else "wall"}, threads, "cpu")
+
+
 def report(figures: dict[str, object], threads: int, device: str) -> None:
     """Figures and conditions, one line of JSON a field."""
     conditions = {
@@ -142,4 +209,4 @@ def report(figures: dict[str, object], threads: int, device: str) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli([sampling, tokenizer], as_positional=False, args=underscored())
+    auto_cli([sampling, tokenizer, evaluation], as_positional=False, args=underscored())

@@ -25,15 +25,16 @@ from data.loader import evaluation_batches
 from data.sets import PictureSet, open_set
 from eval.classifier import Classifier, load_classifier, train_classifier
 from eval.codebook import CodebookUsage
-from eval.features import FeatureNetwork
+from eval.evaluation import Reference, evaluate
 from eval.files import write_json
 from eval.nearest import nearest
+from eval.pictures import PictureSet as ScoredSet
 from eval.pictures import from_tensor
 from eval.pixels import UINT8_RULES, to_uint8
+from eval.protocols.classifier import CLASSIFIER
 from eval.provenance import Origin, Score
 from eval.reconstruction import ReconstructionScorer
 from eval.report import Report, save_grid, score_row
-from eval.score import Seen, accuracy_score, frechet_score, look
 from layers.noise import Noise
 from layers.packed import pack_linears
 from layers.spec import Condition
@@ -149,11 +150,11 @@ class Pictures:
         self.record = pictures.describe()
         self.name = f"{self.record['name']} {self.record['split']}"
 
-    def seen(self, network: FeatureNetwork, count: int | None = None) -> Seen:
-        """What the network sees of the first `count` pictures, or of as many spread over the whole set."""
+    def to_score(self, count: int | None = None) -> ScoredSet:
+        """The whole set, or `count` pictures spread over it."""
         step = 1 if count is None else len(self.images) // count
         pictures, labels = to_uint8(self.images[::step][:count]), self.labels[::step][:count]
-        return look(network, from_tensor(self.name, pictures, Origin.of_data(RULE, self.record), labels), BATCH)
+        return from_tensor(self.name, pictures, Origin.of_data(RULE, self.record), labels)
 
 
 def trained_classifier(path: Path, train: Pictures, seed: int, share: float) -> Classifier:
@@ -188,7 +189,7 @@ def measure(
     run: Run, classifier: Classifier, train: Pictures, held_out: Pictures, made: Tensor, labels: Tensor, seed: int
 ) -> tuple[dict[str, Score], CodebookUsage, Tensor]:
     """The scores by name, the use of the codebook, and the held-out pictures reconstructed."""
-    spec, network, count = run.tokenizer.spec, classifier.network(), len(held_out.images)
+    spec, count = run.tokenizer.spec, len(held_out.images)
     tokens = in_batches(lambda index: run.tokenizer.encode(held_out.images[index]), count, "encoding")
     again = in_batches(lambda index: run.tokenizer.decode(tokens[index]), count, "decoding")
     usage = CodebookUsage(spec.vocab_size)
@@ -207,16 +208,23 @@ def measure(
         "source": run.provenance,
     }
     nothing = {**made_by, "sampler": {"name": "uniform tokens"}, "class_plan": "none"}
-    real = held_out.seen(network)
-    samples = look(network, from_tensor("samples", to_uint8(made), Origin.of_samples(made_by), labels), BATCH)
-    chance = look(network, from_tensor("uniform tokens", to_uint8(uniform), Origin.of_samples(nothing)), BATCH)
+    real = Reference(held_out.to_score())
+
+    def scored(pictures: ScoredSet) -> dict[str, Score]:
+        found = evaluate([CLASSIFIER], pictures, real, {"classifier": classifier.network()}, batch_size=BATCH).scores
+        return {score.name.partition("@")[0]: score for score in found}
+
+    samples = scored(from_tensor("samples", to_uint8(made), Origin.of_samples(made_by), labels))
+    floor = scored(train.to_score(count))
+    chance = scored(from_tensor("uniform tokens", to_uint8(uniform), Origin.of_samples(nothing)))
+    distance = classifier.network().record.distance
     scores = {
-        "classifier_accuracy": accuracy_score(real, "classifier_accuracy"),
-        "label_accuracy": accuracy_score(samples),
+        "classifier_accuracy": samples["classifier_accuracy"],
+        "label_accuracy": samples["label_accuracy"],
         **{f"{'' if 'codebook' in score.name else 'reconstruction_'}{score.name}": score for score in rebuilt_scores},
-        "frechet.samples": frechet_score(samples, real),
-        "frechet.real_floor": frechet_score(train.seen(network, count), real),
-        "frechet.uniform_tokens": frechet_score(chance, real),
+        "frechet.samples": samples[distance],
+        "frechet.real_floor": floor[distance],
+        "frechet.uniform_tokens": chance[distance],
     }
     return scores, usage, again
 

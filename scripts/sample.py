@@ -7,42 +7,29 @@
 Sample i is a function of the seed, i and its class alone: not of batch size, processes or where the work was resumed.
 """
 
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from jsonargparse import ArgumentParser, Namespace
-from torch import Tensor
 from tqdm import tqdm
 
 from eval.pixels import UINT8_RULES, to_uint8
 from eval.report import save_grid
-from generators.protocol import Generator
 from layers.checkpoint import read_tensors
-from layers.noise import Noise
-from layers.packed import pack_linears
 from layers.spec import Condition
-from sampling.decode import generate
-from sampling.sampler import Sampler
 from sampling.shards import Shards, plan_labels
-from tokenizers_vis.protocol import Tokenizer
+from training.decoder import Decoder, add_decoder_arguments, open_decoder
 from training.options import command_line
-from training.published import load_published
-from training.run import RunError, load_run, versions
+from training.run import versions
 
 BLOCK = 256  # samples of one file of a large run
 
 
 def parser() -> ArgumentParser:
     made = ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    made.add_argument("--run", type=str | None, default=None, help="Run folder of a generator.")
-    made.add_argument(
-        "--published", type=str | None, default=None, help="Name in configs/published (scripts/published.py list)."
-    )
-    made.add_argument("--weights", type=str | None, default=None, help="Local file of the published generator.")
-    made.add_argument("--tokenizer-weights", type=str | None, default=None, help="Local file of its tokenizer.")
+    add_decoder_arguments(made)
     made.add_argument("--classes", type=int, nargs="+", default=None, help="Class ids. Default: all, at most 100.")
     made.add_argument("--per-class", type=int, default=8, help="Samples of each class in the grid.")
     made.add_argument(
@@ -54,16 +41,8 @@ def parser() -> ArgumentParser:
     made.add_argument(
         "--class-plan", type=Literal["balanced", "random"], default="balanced", help="Classes of --num samples."
     )
-    made.add_argument("--seed", type=int, default=0, help="Seed of all noise, in [0, 2^32).")
     made.add_argument("--batch-size", type=int, default=32, help="Samples decoded together.")
     made.add_argument("--device", type=str | None, default=None, help="Default: the GPU where there is one.")
-    made.add_argument(
-        "--dtype", type=Literal["float32", "bfloat16", "float64"], default="float32", help="Of the generator."
-    )
-    made.add_argument(
-        "--compile", type=bool, default=False, help="torch.compile the generator: slow start, faster tokens."
-    )
-    made.add_class_arguments(Sampler, "sampler")
     return made
 
 
@@ -76,60 +55,11 @@ def main(arguments: list[str] | None = None) -> None:
         cli.error("give --grid FILE, or --num N with --out FILE")
     accelerator = Accelerator(cpu=options.device == "cpu")
     device = torch.device(options.device or accelerator.device)
-    if options.run is not None:
-        run = load_run(options.run, device)
-        if run.generator is None:
-            raise RunError(f"{options.run}: holds a tokenizer, not a generator; see scripts/reconstruct.py")
-        tokenizer, generator, recipe, source = run.tokenizer, run.generator, run.recipe, run.provenance
-    else:
-        found = load_published(options.published, options.weights, options.tokenizer_weights, device)
-        tokenizer, generator, recipe, source = found.tokenizer, found.generator, found.recipe, found.provenance
-    cli.set_defaults({f"sampler.{key}": value for key, value in _leaves(recipe)})  # the recipe, but for what was asked
-    options = cli.parse_args(arguments)
-    try:
-        sampler: Sampler = cli.instantiate(options).sampler
-    except ValueError as error:  # a setting out of its range
-        cli.error(str(error))
-    generator.to(getattr(torch, options.dtype))
-    if options.dtype == "float64":
-        tokenizer.double()
-    if device.type == "cpu" and not options.compile:
-        pack_linears(generator)
-    if options.compile:
-        generator.trunk.compile(dynamic=False)
-    decoder = Decoder(generator, tokenizer, sampler, options.seed, device)
+    decoder = open_decoder(cli, arguments, device)
     if options.grid is not None:
         draw_grid(decoder, options)
     else:
-        write_many(decoder, options, accelerator, source)
-
-
-class Decoder:
-    """Samples by number and class."""
-
-    def __init__(
-        self, generator: Generator, tokenizer: Tokenizer, sampler: Sampler, seed: int, device: torch.device
-    ) -> None:
-        self.generator, self.tokenizer, self.sampler, self.seed, self.device = (
-            generator,
-            tokenizer,
-            sampler,
-            seed,
-            device,
-        )
-
-    @property
-    def num_classes(self) -> int:
-        if not hasattr(self.generator.condition, "num_classes"):
-            raise ValueError("this generator is conditioned by text: give --text-features FILE and --grid FILE")
-        return self.generator.condition.num_classes
-
-    @torch.inference_mode()
-    def __call__(self, index: Tensor, condition: Condition) -> Tensor:
-        """index int64 (B,) -> images float (B, 3, H, W), on the CPU."""
-        noise = Noise(self.seed, index.to(self.device))
-        tokens = generate(self.generator, condition.to(self.device), self.sampler, noise).tokens
-        return self.tokenizer.decode(tokens).cpu()
+        write_many(decoder, options, accelerator)
 
 
 def draw_grid(decoder: Decoder, options: Namespace) -> None:
@@ -146,16 +76,10 @@ def draw_grid(decoder: Decoder, options: Namespace) -> None:
     print(f"{options.grid}: {condition.rows} pictures, one row a {'caption' if options.text_features else 'class'}")
 
 
-def write_many(decoder: Decoder, options: Namespace, accelerator: Accelerator, source: dict[str, Any]) -> None:
+def write_many(decoder: Decoder, options: Namespace, accelerator: Accelerator) -> None:
     """Blocks of samples, shared out over the processes, then one file with its provenance beside it."""
     labels = plan_labels(options.num, decoder.num_classes, options.class_plan, options.seed)
-    settings = {
-        "source": source,
-        "sampler": json.loads(json.dumps(options.sampler.as_dict())),
-        "class_plan": options.class_plan,
-        "seed": options.seed,
-        "dtype": options.dtype,
-    }
+    settings = {**decoder.settings, "class_plan": options.class_plan}
     shards = Shards(Path(options.out), labels, BLOCK, settings)
     if accelerator.is_main_process:
         shards.begin()
@@ -172,13 +96,6 @@ def write_many(decoder: Decoder, options: Namespace, accelerator: Accelerator, s
         machine = {"device": str(decoder.device), "batch_size": options.batch_size, "versions": versions()}
         shards.finish({**settings, "count": options.num, "quantisation": UINT8_RULES["trunc_128"], **machine})
         print(f"{options.out}: {options.num} pictures")
-
-
-def _leaves(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs = []
-    for key, value in config.items():
-        pairs += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-    return pairs
 
 
 if __name__ == "__main__":

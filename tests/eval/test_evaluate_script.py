@@ -17,6 +17,7 @@ from eval.classifier import Classifier, train_classifier
 from eval.features import FeatureError
 from eval.pictures import PictureError
 from eval.pixels import to_uint8
+from eval.weights import MetricWeightsMissing
 from scripts import evaluate
 from tests.eval.conftest import RECORD
 from tests.goldens import ROOT
@@ -90,12 +91,15 @@ def test_a_folder_scored_against_the_same_pictures_by_inception(inception_file: 
     folder.mkdir()
     for number, picture in enumerate(array):
         Image.fromarray(picture).save(folder / f"{number}.png")
-    weights = ("--inception-weights", inception_file, "--batch-size", 4, "--device", "cpu")
+    weights = ("--metric-weights", f"inception={inception_file}", "--batch-size", 4, "--device", "cpu")
     run("--samples", folder, "--reference", tmp_path / "reference.npz", "--protocol", "torch-fidelity", *weights)
     content = json.loads((tmp_path / "made.torch-fidelity.json").read_text())
     score = content["frechet_unpublished_inception_distance@6"]
-    assert content.keys() == {"frechet_unpublished_inception_distance@6", "audit"}
     assert abs(score["value"]) < 1e-8
+    others = {"precision_unpublished_inception@6", "recall_unpublished_inception@6", "left_out", "audit"}
+    assert content.keys() == {score["name"], *others}
+    assert content["precision_unpublished_inception@6"]["value"] == 1
+    assert len(content["left_out"]["torch-fidelity"]) == 2  # ten splits, and subsets of 1000, of six pictures
     assert score["provenance"]["samples"]["origin"]["seed"] == "not recorded"
 
 
@@ -107,10 +111,12 @@ def test_faults_of_samples_are_audited(
     array[4] = array[2]
     np.savez(tmp_path / "cast.npz", array, np.array([0, 9, 0, 9, 0, 9]))
     np.savez(tmp_path / "few.npz", **{key: value[::170] for key, value in np.load(samples).items()})
-    protocol = ("--protocol", "torch-fidelity", "--inception-weights", inception_file, "--device", "cpu")
+    protocol = ("--protocol", "torch-fidelity", "--metric-weights", f"inception={inception_file}", "--device", "cpu")
     run("--samples", tmp_path / "cast.npz", "--reference", tmp_path / "few.npz", *protocol)
     audit = json.loads((tmp_path / "cast.torch-fidelity.json").read_text())["audit"]
-    assert {it["name"] for it in audit["samples"]["findings"] if it["level"] == "warning"} == {"duplicates", "range"}
+    warned = {it["name"] for it in audit["samples"]["findings"] if it["level"] == "warning"}
+    assert warned == {"count", "duplicates", "range"}
+    assert "6 pictures, the protocol asks for 50000" in audit["samples"]["findings"][0]["text"]
     assert audit["samples"]["duplicates"] == {"count": 1, "first": [[2, 4]]}
     assert audit["samples"]["classes"]["missing"] == {"count": 8, "first": list(range(1, 9))}
     assert {it["level"] for it in audit["reference"]["findings"]} == {"note"}
@@ -120,7 +126,8 @@ def test_faults_of_samples_are_audited(
 
 
 def test_bad_input_is_named(inception_file: Path, samples: Path, tmp_path: Path) -> None:
-    weights = ("--protocol", "torch-fidelity", "--inception-weights", inception_file, "--out", tmp_path / "out.json")
+    weights = ("--protocol", "torch-fidelity", "--out", tmp_path / "out.json", "--metric-weights")
+    weights = (*weights, f"inception={inception_file}")
     (tmp_path / "empty").mkdir()
     for place, fault in (("empty", "holds no pictures"), ("none.npz", "not a whole npz file")):
         with pytest.raises(PictureError, match=fault):
@@ -130,9 +137,9 @@ def test_bad_input_is_named(inception_file: Path, samples: Path, tmp_path: Path)
     (tmp_path / "samples.json").write_text('{"count": 50000}')
     with pytest.raises(PictureError, match="holds 1000 pictures, its record says 50000"):
         run("--samples", samples, "--reference", "digits", *weights)
-    with pytest.raises(FeatureError, match=r"none\.pth: no such weights file.*sha256 begins with 6726825d"):
-        (tmp_path / "samples.json").unlink()
-        run("--samples", samples, "--reference", "digits", *weights[:3], tmp_path / "none.pth")
+    (tmp_path / "samples.json").unlink()
+    with pytest.raises(MetricWeightsMissing, match=r"(?s)none\.pth: no such weights file.*sha256 begins with 6726825d"):
+        run("--samples", samples, "--reference", "digits", *weights[:-1], f"inception={tmp_path / 'none.pth'}")
     assert not (tmp_path / "out.json").exists()
 
 
@@ -147,8 +154,20 @@ def test_the_command_line_ends_in_one_line() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_missing_weights_end_in_a_status_of_their_own(
+    samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "nothing"))
+    words = ["evaluate.py", "--samples", samples, "--reference", samples, "--protocol", "all", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    with pytest.raises(SystemExit) as end:
+        evaluate.command()
+    assert end.value.code == 3
+    assert "--metric-weights inception=FILE" in capsys.readouterr().err
+
+
 def test_help_explains_every_option() -> None:
     text = evaluate.parser().format_help()
-    for option in ("samples", "reference", "protocol", "inception-weights", "classifier", "batch-size", "out"):
+    for option in ("samples", "reference", "protocol", "metric-weights", "classifier", "batch-size", "out"):
         assert f"--{option}" in text
     assert "FID" in text and "NAME.npz" in text

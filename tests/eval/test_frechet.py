@@ -163,6 +163,31 @@ def test_shares_of_two_processes_add_up(first: int, second: int) -> None:
     assert (merged.gaussian().rows is None) == (whole.gaussian().rows is None)
 
 
+def test_memory_does_not_grow_with_the_pictures() -> None:
+    """After more pictures than features are left: a mean, a matrix and no row, as if there had been a tenth of them."""
+    few, many = (gathered(normal(count, 48), 100) for count in (100, 1000))
+    for statistics in (few, many):
+        held = [it for it in vars(statistics).values() if isinstance(it, Tensor)]
+        assert statistics.rows is None and sum(it.numel() for it in held) == 48 + 48 * 48
+        assert all(it.untyped_storage().nbytes() == 8 * it.numel() for it in held)
+
+
+def test_constant_features_and_few_pictures_at_full_accuracy() -> None:
+    """Singular covariances against singular values of exact factors, to 1e-9; by the product of the two they are off."""
+    for count, constant in ((400, 20), (60, 0)):
+        one, two = normal(count, 100) @ normal(100, 100, seed=2), normal(count, 100, seed=1) @ normal(100, 100, seed=3)
+        one[:, :constant], two[:, :constant] = 0.3, 0.3
+        centred = [(x - x.mean(0)) / (count - 1) ** 0.5 for x in (one, two)]
+        common = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
+        shift = (one.mean(0) - two.mean(0)).square().sum()
+        exact = float(shift + sum(x.square().sum() for x in centred) - 2 * common)
+        sides = [gathered(x, 50).gaussian() for x in (one, two)]
+        assert frechet_distance(*sides) == pytest.approx(exact, rel=1e-9)
+        bare = [Gaussian(side.mean, side.cov) for side in sides]  # as a file of statistics has it
+        assert frechet_distance(*bare) == pytest.approx(exact, rel=1e-9)
+        assert frechet_distance(*bare, compat="eigvals") != pytest.approx(exact, rel=1e-9)
+
+
 def test_half_precision_features_are_summed_in_double() -> None:
     features = normal(200, 16).half()
     assert_close(gathered(features, 13).cov(), features.double().T.cov(), atol=1e-12, rtol=0)

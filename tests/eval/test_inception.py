@@ -1,6 +1,6 @@
 """The FID network: its features, and every way in which its weights can fail to be the right ones."""
 
-import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,8 @@ from eval import inception
 from eval.features import FeatureError
 from eval.files import sha256_of
 from eval.inception import PREPROCESSING, inception_features, inception_network, load_inception
+from eval.weights import SOURCES
+from tests.torchscript import write_torchscript
 
 
 def pictures(count: int, size: int = 32) -> Tensor:
@@ -28,7 +30,7 @@ def test_features_are_those_of_torch_fidelity(inception_file: Path) -> None:
     batch = pictures(3)
     with torch.inference_mode():
         features = network.extract(batch)["2048"]
-        assert torch.equal(features, theirs(batch)[0])
+        assert_close(features, theirs(batch)[0], atol=1e-5, rtol=1e-5)  # batch norms are folded: another order of sums
         assert_close(network.extract(batch[:1])["2048"], features[:1], atol=1e-5, rtol=1e-5)
     assert features.shape == (3, 2048) and features.dtype == torch.float32
     assert features.isfinite().all() and features.std(0).max() > 0
@@ -58,6 +60,15 @@ def test_every_layer_is_that_of_torch_fidelity(inception_file: Path) -> None:
         for name, wanted in zip(names, theirs(pictures(2)), strict=True):
             assert_close(ours[name], wanted, atol=1e-5, rtol=1e-5)
     assert ours["spatial"].shape == (2, 2023)
+
+
+def test_a_batch_is_cut_into_chunks_and_joined_in_order(inception_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, batch = inception_network(inception_file), pictures(3)
+    with torch.inference_mode():
+        whole = network.extract(batch)
+        monkeypatch.setattr(inception, "CHUNK", 2)
+        for name, features in network.extract(batch).items():
+            assert_close(features, whole[name], atol=1e-5, rtol=1e-5)
 
 
 def test_spatial_features_are_the_first_channels_of_one_branch(inception_file: Path) -> None:
@@ -100,30 +111,25 @@ def test_unpublished_weights_never_make_an_fid(inception_file: Path) -> None:
 
 
 def test_the_published_checksum_makes_an_fid(inception_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inception, "SHA256_PREFIX", sha256_of(inception_file)[:8])
-    record = inception_network(inception_file).record
+    source = replace(SOURCES["inception"], sha256=sha256_of(inception_file)[:8])
+    monkeypatch.setitem(SOURCES, "inception", source)
+    record = inception_network(inception_file, strict=True).record
     assert record.distance == "fid" and record.comparable_to_papers
 
 
-@pytest.mark.parametrize("name", [inception.FILE, inception.SAME_CONTENT])
-def test_a_file_downloaded_before_is_found_under_either_name(
-    name: str, inception_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_other_weights_are_an_error_where_that_is_asked_for(inception_file: Path) -> None:
+    with pytest.raises(FeatureError, match=r"random\.pth: sha256 .*…, the published weights have 6726825d…"):
+        inception_network(inception_file, strict=True)
+
+
+def test_a_torchscript_archive_holds_the_same_network(
+    inception_state: dict[str, Tensor], inception_file: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(inception, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(inception, "URL_INCEPTION_V3", "http://127.0.0.1:9/none.pth")
-    (tmp_path / "checkpoints").mkdir()
-    shutil.copy(inception_file, tmp_path / "checkpoints" / name)
-    assert inception_network().record.weights_sha256 == sha256_of(inception_file)
-
-
-def test_without_a_network_the_error_says_what_to_get(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inception, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(inception, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights-6726825d.pth")  # nobody listens
-    with pytest.raises(FeatureError) as caught:
-        inception_network()
-    for part in ("http://127.0.0.1:9/weights-6726825d.pth", "sha256 begins with 6726825d", "--inception-weights FILE"):
-        assert part in str(caught.value)
-    assert not list((tmp_path / "checkpoints").iterdir())
+    """Its program is not run: the one of this file does nothing."""
+    write_torchscript(inception_state, tmp_path / "weights.pt")
+    wanted, found = load_inception(inception_file).state_dict(), load_inception(tmp_path / "weights.pt").state_dict()
+    assert len(found) == len(wanted)
+    assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
 
 
 class Bomb:
@@ -147,10 +153,10 @@ def test_files_that_are_not_these_weights(
         "page.pth": "not a readable file of tensors",
         "code.pth": "not a readable file of tensors",
         "list.pth": "holds no flat dict of tensors",
-        "torchvision.pth": r"not the weights of the FID network[\s\S]*fc.weight",
+        "torchvision.pth": r"not the weights of the FID network: 566 tensors and 1000 classes[\s\S]*not comparable to any FID",
     }
     for name, fault in faults.items():
         with pytest.raises(FeatureError, match=fault) as caught:
             inception_network(tmp_path / name)
-        assert name in str(caught.value) and "--inception-weights FILE" in str(caught.value)
+        assert name in str(caught.value) and "--metric-weights inception=FILE" in str(caught.value)
     assert not (tmp_path / "exploded").exists()

@@ -33,10 +33,9 @@ def test_kernels_of_two_vectors() -> None:
 
 
 @pytest.mark.parametrize("function", KERNELS)
-@pytest.mark.parametrize("block", [3, 2048])
+@pytest.mark.parametrize("block", [1, 3, 2048])
 def test_both_estimators_are_means_over_pairs(function: Kernel, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "BLOCK", block)
-    monkeypatch.setattr(kernel, "TRACED", 2)
     x, y = normal(7, 5), normal(4, 5, seed=1)
 
     def mean(pairs: list[tuple[Tensor, Tensor]]) -> float:

@@ -12,9 +12,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from eval.audit import Audit
+from eval.bootstrap import Interval, share_interval
 from eval.pixels import from_uint8, to_uint8
+from eval.protocol import ProtocolRecord
 from eval.provenance import Computation, Origin, PicturesRecord, Provenance, Score
-from eval.report import Report, save_grid, score_row
+from eval.report import (
+    Report,
+    class_accuracy,
+    evaluation_report,
+    nearest_pictures,
+    pictures_at,
+    save_grid,
+    score_row,
+)
 
 
 def pictures(count: int, seed: int = 0) -> Tensor:
@@ -124,3 +135,124 @@ def test_a_grid_holds_the_pictures_in_their_places(tmp_path: Path) -> None:
     assert (sheet == 255).all()
     with pytest.raises(ValueError, match="no pictures for"):
         save_grid(images[:0], tmp_path / "grid.png", columns=3)
+
+
+# ---- the page of an evaluation
+
+
+def made(name: str, value: float, protocol: str | None = None, reference: bool = True) -> Score:
+    sets = [PicturesRecord(which, "ab" * 32, 10, 8, 8, Origin.unknown()) for which in ("made", "real")]
+    asked = protocol and ProtocolRecord(protocol, "paper", 10, True, None, "round", "real pictures", ())
+    computed = Computation("cpu", "float32", 1, {})
+    record = Provenance(f"what {name} is", None, sets[0], sets[1] if reference else None, computed, asked)
+    return Score(name, value, record)
+
+
+def uint8(count: int, seed: int = 0) -> Tensor:
+    return to_uint8(pictures(count, seed))
+
+
+def test_pictures_at_their_numbers_over_batches() -> None:
+    images = uint8(11)
+    index = torch.tensor([7, 0, 10, 7])
+    read = []
+    batches = (read.append(number) or part for number, part in enumerate(torch.cat((images, images)).split(4)))
+    assert torch.equal(pictures_at(batches, index), images[index])
+    assert read == [0, 1, 2]
+    with pytest.raises(ValueError, match="picture 12 asked of 11"):
+        pictures_at(images.split(4), torch.tensor([3, 12]))
+
+
+def test_the_nearest_pictures_are_those_of_all_pairs() -> None:
+    """Sample 5 is picture 3 of the bank, so it comes first, at distance 0."""
+    samples, bank = uint8(9), uint8(20, seed=1)
+    samples[5] = bank[3]
+    features = [images.flatten(1).float()[:, :50] for images in (samples, bank)]
+    near = nearest_pictures(*features, samples.split(4), bank.split(7), "pixels", "real", rows=4, count=3)
+    distance = torch.cdist(features[0].double(), features[1].double())
+    order = distance.min(1).values.argsort()[:4]
+    expected, index = distance[order].sort(1)
+    assert near.sample.tolist() == order.tolist() and near.sample[0] == 5 and near.distances[0, 0] == 0
+    assert torch.equal(near.index, index[:, :3]) and near.index[0, 0] == 3
+    torch.testing.assert_close(near.distances.double(), expected[:, :3], rtol=1e-5, atol=1e-3)
+    assert torch.equal(near.samples, samples[order]) and torch.equal(near.pictures, bank[index[:, :3]])
+    assert near.looked == 9 and near.typical == pytest.approx(float(distance.min(1).values.median()), rel=1e-5)
+    some = nearest_pictures(*features, samples.split(4), bank.split(7), "pixels", "real", rows=2, looked=4)
+    assert some.looked == 3 and set(some.sample.tolist()) <= {0, 3, 6}
+
+
+def test_the_page_of_an_evaluation_has_all_that_was_gathered() -> None:
+    samples, bank = uint8(6), uint8(8, seed=1)
+    near = nearest_pictures(
+        samples.flatten(1).float(), bank.flatten(1).float(), [samples], [bank], "pixels", "training set", 3, 2
+    )
+    audit = Audit("made")
+    audit.update(torch.cat((samples, samples[:1])))
+    labels = torch.tensor([0, 0, 1, 1, 1, 1])
+    interval = Interval(2.0, 0.05, 1.9, 2.1, 0.95, "influence of every picture")
+    scores = [made("fid@10", 2.0, "adm"), made("fid@10", -1e-9, "clean")]
+    page = evaluation_report(
+        "AR <B>",
+        scores,
+        samples[[4, 0, 1]],
+        {"adm/fid@10": interval},
+        {"made": audit.findings()},
+        labels,
+        torch.tensor([0, 1, 1, 1, 2, 2]),
+        ["cat", "dog", "owl"],
+        near,
+        labels[[4, 0, 1]],
+    ).html()
+    read = Reader(page)
+    assert re.findall(r"<h2>(.*?)</h2>", page) == [
+        "Scores",
+        "For a paper&#39;s table",
+        "Audit",
+        "Samples by class",
+        "Nearest pictures of training set",
+        "Samples recognised as their class",
+    ]
+    shown = torch.stack(read.images)
+    assert torch.equal(shown[:3], samples[[0, 1, 4]])
+    beside = torch.cat((near.samples[:, None], near.pictures), 1)
+    assert torch.equal(shown[3:], beside.flatten(0, 1))
+    text = page.replace("\N{NO-BREAK SPACE}", " ")
+    for words in ("2.000 ± 0.050", "1.9 .. 2.1", "under adm, clean", "what fid@10 is", "influence of every picture"):
+        assert words in text
+    assert '<td class="warning">warning</td><td class="">1 of 7 pictures equal an earlier one (6 = 0)' in text
+    assert f"{float(near.distances[0, 0]):.3g} (no. {int(near.index[0, 0])})" in text
+    assert "| AR &lt;B&gt; | 2.000 ± 0.050 | adm [1] |" in text and "| AR &lt;B&gt; | 0 | clean [2] |" in text
+    assert not {"script", "b"} & set(read.tags)
+
+
+def test_a_page_of_scores_alone() -> None:
+    page = evaluation_report("Bare", [made("fid@10", 2.0)], uint8(2)).html()
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ["Scores", "For a paper&#39;s table", "Samples"]
+    assert re.findall(r"<th>(.*?)</th>", page) == ["metric", "value", "protocol"]
+
+
+def test_accuracy_of_every_class() -> None:
+    rows = class_accuracy(torch.tensor([0, 0, 0, 2, 2]), torch.tensor([0, 1, 1, 2, 2]), ["cat", "dog", "owl"])
+    low, high = share_interval(1, 3).low, share_interval(1, 3).high
+    assert rows[0] == {
+        "class": "cat",
+        "pictures": 3,
+        "accuracy": 1 / 3,
+        "95 %": f"{low:.3f} .. {high:.3f}",
+        "mostly taken for": "dog (2)",
+    }
+    assert (rows[1]["class"], rows[1]["accuracy"], rows[1]["mostly taken for"]) == ("owl", 1.0, "")
+    with pytest.raises(ValueError, match=r"labels \(2,\), guesses \(3,\)"):
+        class_accuracy(torch.zeros(2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
+
+
+def test_many_classes_are_a_chart_and_the_ends_of_a_table() -> None:
+    labels = torch.arange(40).repeat_interleave(4)
+    guesses = torch.where(torch.arange(160) % 4 < labels // 8, labels, 0)  # shares rise with the class
+    page = evaluation_report("Many", [made("fid@10", 2.0)], uint8(2), labels=labels, guesses=guesses)
+    assert [section["title"] for section in page.sections[-2:]] == [
+        "Accuracy of every class",
+        "Samples recognised as their class",
+    ]
+    shares = [float(cells[2][1]) for cells in page.sections[-1]["cells"]]
+    assert len(shares) == 16 and shares == sorted(shares) and (shares[0], shares[-1]) == (0, 1)

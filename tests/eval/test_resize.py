@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from eval.resize import RESIZERS, resize
 
@@ -39,6 +40,12 @@ def test_bilinear_rules_by_hand() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_tensorflow_rule_is_that_of_torch_fidelity_to_the_last_digit(size: tuple[int, int]) -> None:
+    wanted = interpolate_bilinear_2d_like_tensorflow1x(pictures().float(), size, align_corners=False)
+    assert torch.equal(resize(pictures(), size, "tf1"), wanted)
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_pil_rules_are_those_of_pil(size: tuple[int, int]) -> None:
     arrays, shape = pictures().movedim(1, -1).numpy(), (size[1], size[0])
     whole = [np.asarray(Image.fromarray(array).resize(shape, Image.Resampling.BICUBIC)) for array in arrays]
@@ -59,7 +66,7 @@ def test_no_picture_sees_another(rule: str) -> None:
 
 def test_what_is_no_picture_is_refused() -> None:
     with pytest.raises(ValueError, match="expected uint8 pictures"):
-        resize(pictures().float(), (5, 5), "tf1")
+        resize(pictures().float(), (5, 5), "pil_uint8")
     with pytest.raises(ValueError, match="expected uint8 pictures"):
         resize(pictures()[:, :1], (5, 5), "tf1")
     with pytest.raises(ValueError, match="unknown rule 'lanczos'; known: tf1, torch, clean, pil_uint8"):

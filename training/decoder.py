@@ -1,0 +1,112 @@
+"""Samples of a run or of a published checkpoint, by number and class, and the options of the scripts that make them.
+
+Sample i is a function of the seed, i and its class alone: not of batch size, processes or where the work was resumed.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from torch import Tensor
+
+from generators.protocol import Generator
+from layers.noise import Noise
+from layers.packed import pack_linears
+from layers.spec import Condition
+from sampling.decode import generate
+from sampling.sampler import Sampler
+from tokenizers_vis.protocol import Tokenizer
+from training.published import load_published
+from training.run import RunError, load_run
+
+
+class Decoder:
+    """settings: whatever the samples depend on, as plain values."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        sampler: Sampler,
+        seed: int,
+        device: torch.device,
+        settings: dict[str, Any],
+    ) -> None:
+        self.generator, self.tokenizer, self.sampler = generator, tokenizer, sampler
+        self.seed, self.device, self.settings = seed, device, settings
+
+    @property
+    def num_classes(self) -> int:
+        if not hasattr(self.generator.condition, "num_classes"):
+            raise ValueError("this generator is conditioned by text: give --text-features FILE and --grid FILE")
+        return self.generator.condition.num_classes
+
+    @torch.inference_mode()
+    def __call__(self, index: Tensor, condition: Condition) -> Tensor:
+        """index int64 (B,) -> images float (B, 3, H, W), on the decoder's device."""
+        noise = Noise(self.seed, index.to(self.device))
+        tokens = generate(self.generator, condition.to(self.device), self.sampler, noise).tokens
+        return self.tokenizer.decode(tokens)
+
+
+def add_decoder_arguments(parser: ArgumentParser) -> None:
+    """The options that `open_decoder` reads."""
+    parser.add_argument("--run", type=str | None, default=None, help="Run folder of a generator.")
+    parser.add_argument(
+        "--published", type=str | None, default=None, help="Name in configs/published (scripts/published.py list)."
+    )
+    parser.add_argument("--weights", type=str | None, default=None, help="Local file of the published generator.")
+    parser.add_argument("--tokenizer-weights", type=str | None, default=None, help="Local file of its tokenizer.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of all noise, in [0, 2^32).")
+    parser.add_argument(
+        "--dtype", type=Literal["float32", "bfloat16", "float64"], default="float32", help="Of the generator."
+    )
+    parser.add_argument(
+        "--compile", type=bool, default=False, help="torch.compile the generator: slow start, faster tokens."
+    )
+    parser.add_class_arguments(Sampler, "sampler")
+
+
+def open_decoder(parser: ArgumentParser, arguments: Sequence[str] | None, device: torch.device) -> Decoder:
+    """The decoder that the options name; what they leave open of the sampler is the model's own recipe.
+
+    Raises RunError for a run without a generator, and as `load_run` and `load_published` do; settings out of their range
+    end in the parser's error.
+    """
+    options = parser.parse_args(arguments)
+    if options.run is not None:
+        run = load_run(options.run, device)
+        if run.generator is None:
+            raise RunError(f"{options.run}: holds a tokenizer, not a generator; see scripts/reconstruct.py")
+        tokenizer, generator, recipe, source = run.tokenizer, run.generator, run.recipe, run.provenance
+    else:
+        found = load_published(options.published, options.weights, options.tokenizer_weights, device)
+        tokenizer, generator, recipe, source = found.tokenizer, found.generator, found.recipe, found.provenance
+    parser.set_defaults({f"sampler.{key}": value for key, value in _leaves(recipe)})  # but for what was asked
+    options = parser.parse_args(arguments)
+    try:
+        sampler: Sampler = parser.instantiate(options).sampler
+    except ValueError as error:  # a setting out of its range
+        parser.error(str(error))
+    generator.to(getattr(torch, options.dtype))
+    if options.dtype == "float64":
+        tokenizer.double()
+    if device.type == "cpu" and not options.compile:
+        pack_linears(generator)
+    if options.compile:
+        generator.trunk.compile(dynamic=False)
+    settings = {"source": source, "sampler": _plain(options.sampler), "seed": options.seed, "dtype": options.dtype}
+    return Decoder(generator, tokenizer, sampler, options.seed, device, settings)
+
+
+def _plain(options: Namespace) -> dict[str, Any]:
+    return json.loads(json.dumps(options.as_dict()))
+
+
+def _leaves(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs = []
+    for key, value in config.items():
+        pairs += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return pairs
