@@ -62,8 +62,18 @@ def ten_crop(image: Picture, size: int, crop_range: float = 1.1) -> np.ndarray:
 
 def var_center_crop(image: Picture, size: int) -> np.ndarray:
     """VAR's validation: shorter side to round(1.125 * size) with Lanczos, then torchvision's centre crop."""
-    middle = functional.resize(_as_image(image), round(VAR_MARGIN * size), functional.InterpolationMode.LANCZOS)
-    return np.asarray(functional.center_crop(middle, size))
+    return np.asarray(functional.center_crop(_var_resize(image, size), size))
+
+
+def var_random_crop(image: Picture, size: int, rng: np.random.Generator) -> np.ndarray:
+    """VAR's training: resized as for validation, then a crop at a random place."""
+    resized = _var_resize(image, size)
+    top, left = (int(rng.integers(side - size + 1)) for side in (resized.height, resized.width))
+    return _cut(resized, size, top, left)
+
+
+def _var_resize(image: Picture, size: int) -> Image.Image:
+    return functional.resize(_as_image(image), round(VAR_MARGIN * size), functional.InterpolationMode.LANCZOS)
 
 
 def mirrored(crop: np.ndarray) -> np.ndarray:
@@ -97,6 +107,7 @@ TRANSFORMS: dict[str, tuple[int, Callable[[Picture, int, np.random.Generator, fl
     "center": (1, lambda image, size, rng, crop_range: center_crop_arr(image, size)),
     "random": (1, lambda image, size, rng, crop_range: random_crop_arr(image, size, rng=rng)),
     "var_center": (1, lambda image, size, rng, crop_range: var_center_crop(image, size)),
+    "var_random": (1, lambda image, size, rng, crop_range: var_random_crop(image, size, rng)),
     "center_flip": (2, lambda image, size, rng, crop_range: _with_mirror(center_crop_arr(image, size))),
     "ten": (10, lambda image, size, rng, crop_range: ten_crop(image, size, crop_range)),
 }

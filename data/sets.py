@@ -67,7 +67,7 @@ def open_set(
         split: train, val, or all (the place undivided)
         root: folder that holds the pictures; not for built-in sets
         size: side of the square crops, in pixels
-        transform: center, random, var_center; center_flip (2 crops a picture) or ten (10 crops)
+        transform: center, random, var_center, var_random; center_flip (2 crops a picture) or ten (10 crops)
         flip: mirror half of the training samples, but not those of classes that change their meaning when mirrored
         crop_range: ten crops are cut from a centre crop of size * crop_range
         classes: the class order to keep, as recorded with a checkpoint; default: the set's own, ordered as text

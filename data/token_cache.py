@@ -1,8 +1,13 @@
-"""Token caches: the tokens of every picture of a set, made once, read by number.
+"""Token caches: what a tokenizer makes of every picture of a set, made once, read by number.
 
-A cache is a folder: codes.npy (N, A, T), uint16, or uint32 for vocabularies above 65,536; labels.npy int32 (N,);
-done.npy uint8 (N,), which rows are written; header.json, which tokenizer made them of which pictures. N pictures in the
-order of their set, A crops of each, T tokens a crop. The arrays are memory-mapped: nothing is held in memory.
+A cache is a folder: what is stored of N pictures in the order of their set, A crops of each, in one of two kinds,
+
+    codes.npy (N, A, T)            the ids of T discrete tokens a crop, uint16, or uint32 for more than 65,536 codes
+    moments.npy (N, A, 2Z, h, w)   the Gaussian that a continuous token is drawn from, float16 or float32: the mean of
+                                   the latent's Z channels, then the logarithm of their variance, before any scaling
+
+beside labels.npy int32 (N,); done.npy uint8 (N,), which rows are written; header.json, which tokenizer made them of which
+pictures. The arrays are memory-mapped: nothing is held in memory.
 
 Any number of processes write one cache at once, process r of w the rows with index % w == r; interrupted, they go on
 with the rows that are missing. A tokenizer is known here by plain values only.
@@ -26,62 +31,80 @@ from data.errors import DataError
 from data.loader import evaluation_batches, sample_rng
 from data.sets import PictureSet
 
-FORMAT = "arloom token cache 1"
+FORMAT = "arloom token cache 2"
 UINT16_VOCABULARY = 65_536
+Precision = Literal["float16", "float32"]
 
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """The tokenizer as plain values. sha256: of its weights; record: how it was built; spec: what its tokens are."""
+    """The tokenizer as plain values. sha256: of its weights; vocab_size: None where its tokens are continuous; record:
+    how it was built; spec: what its tokens are."""
 
     name: str
     sha256: str
-    vocab_size: int
+    vocab_size: int | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
     spec: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class CacheHeader:
-    """What a cache holds: `count` N pictures, `crops` A, `length` T.
+    """What a cache holds: `count` N pictures, `crops` A, and of each crop an array of `shape`, (T,) or (2Z, h, w).
 
-    transform, crop_range: how pictures were cropped. order: what row i is. classes: the names of the labels.
-    files_sha256: of the list of files, None where it is not known. pictures: what else is known of the set.
+    precision: of moments; codes have the type that their vocabulary needs. transform, crop_range: how pictures were
+    cropped. order: what row i is. classes: the names of the labels. files_sha256: of the list of files, None where it is
+    not known. pictures: what else is known of the set.
     """
 
     tokenizer: TokenizerFacts
     count: int
     crops: int
-    length: int
+    shape: Sequence[int]
     transform: str
     classes: Sequence[str]
     crop_range: float | None = None
     order: str = "row i is sample i of the set"
     files_sha256: str | None = None
     pictures: Mapping[str, Any] = field(default_factory=dict)
+    precision: Precision = "float16"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+
+    @property
+    def kind(self) -> Literal["codes", "moments"]:
+        return "moments" if self.tokenizer.vocab_size is None else "codes"
 
     @property
     def dtype(self) -> np.dtype:
+        if self.kind == "moments":
+            return np.dtype(self.precision)
         return np.dtype(np.uint16 if self.tokenizer.vocab_size <= UINT16_VOCABULARY else np.uint32)
 
     def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shape and type of every array, by the stem of its file."""
         return {
-            "codes": ((self.count, self.crops, self.length), self.dtype),
+            self.kind: ((self.count, self.crops, *self.shape), self.dtype),
             "labels": ((self.count,), np.dtype(np.int32)),
             "done": ((self.count,), np.dtype(np.uint8)),
         }
 
     def record(self) -> dict[str, Any]:
         """The header as it is read back from JSON."""
-        return json.loads(json.dumps(asdict(self)))
+        return json.loads(json.dumps({"kind": self.kind, "dtype": str(self.dtype), **asdict(self)}))
 
 
-def picture_header(pictures: PictureSet, tokenizer: TokenizerFacts, length: int) -> CacheHeader:
-    """The header of a cache of a whole picture set, T = length tokens a crop."""
+def picture_header(
+    pictures: PictureSet, tokenizer: TokenizerFacts, shape: int | Sequence[int], precision: Precision = "float16"
+) -> CacheHeader:
+    """The header of a cache of a whole picture set. shape: of one crop, as in CacheHeader; a number T is (T,)."""
     facts = pictures.describe()
     named = {key: facts.pop(key) for key in ("count", "transform", "crop_range", "classes", "files_sha256")}
-    return CacheHeader(tokenizer=tokenizer, crops=pictures.crops, length=length, pictures=facts, **named)
+    shape = (shape,) if isinstance(shape, int) else shape
+    return CacheHeader(
+        tokenizer=tokenizer, crops=pictures.crops, shape=shape, pictures=facts, precision=precision, **named
+    )
 
 
 def read_header(folder: str | Path) -> tuple[CacheHeader, bool]:
@@ -94,6 +117,7 @@ def read_header(folder: str | Path) -> tuple[CacheHeader, bool]:
         if content.pop("format") != FORMAT:
             raise DataError(f"{path}: not in the format {FORMAT!r}; make the cache anew")
         complete = content.pop("complete")
+        del content["kind"], content["dtype"]  # which follow from the rest; they are there to be read by people
         return CacheHeader(**content | {"tokenizer": TokenizerFacts(**content["tokenizer"])}), complete
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: damaged header ({error!r}); make the cache anew") from error
@@ -117,28 +141,39 @@ class CacheWriter:
                 f"{self.folder}: holds another token cache; give another folder, or remove it. It differs in\n  "
                 + "\n  ".join(differing)
             )
-        self.codes, self.labels, self.done = _open_arrays(self.folder, header, "r+")
+        self.stored, self.labels, self.done = _open_arrays(self.folder, header, "r+")
 
     def pending(self, rank: int = 0, world: int = 1) -> list[int]:
         """The rows that process `rank` of `world` has still to write."""
         mine = np.arange(rank, self.header.count, world)
         return mine[self.done[mine] == 0].tolist()
 
-    def write(self, rows: np.ndarray, codes: np.ndarray, labels: np.ndarray) -> None:
-        """rows int (n,); codes int (n, A, T); labels int (n,). Raises DataError for ids outside the vocabulary."""
-        vocabulary, classes = self.header.tokenizer.vocab_size, len(self.header.classes)
-        shape = (len(rows), self.header.crops, self.header.length)
-        if codes.shape != shape:
-            raise DataError(f"{self.folder}: codes are {codes.shape}, the cache takes {shape} (rows, crops, tokens)")
-        for what, values, limit in (("codes", codes, vocabulary), ("labels", labels, classes)):
+    def write(self, rows: np.ndarray, made: np.ndarray, labels: np.ndarray) -> None:
+        """rows int (n,); made (n, A, *shape), ids or moments; labels int (n,).
+
+        Raises DataError for ids outside the vocabulary and for moments that the cache's precision cannot hold.
+        """
+        header, kind = self.header, self.header.kind
+        place = f"in rows {rows.min()} .. {rows.max()}"
+        wanted = (len(rows), header.crops, *header.shape)
+        if made.shape != wanted:
+            raise DataError(f"{self.folder}: {kind} are {made.shape}, the cache takes {wanted} (rows, crops, *shape)")
+        limits = [("labels", labels, len(header.classes))]
+        if kind == "codes":
+            limits.append((kind, made, header.tokenizer.vocab_size))
+        for what, values, limit in limits:
             if not 0 <= values.min() <= values.max() < limit:
                 raise DataError(
-                    f"{self.folder}: {what} {values.min()} .. {values.max()} in rows {rows.min()} .. {rows.max()}; "
-                    f"the header allows 0 .. {limit - 1}"
+                    f"{self.folder}: {what} {values.min()} .. {values.max()} {place}; the header allows 0 .. {limit - 1}"
                 )
-        self.codes[rows] = codes
+        if kind == "moments" and not (np.abs(made) <= np.finfo(header.dtype).max).all():
+            raise DataError(
+                f"{self.folder}: moments {made.min()} .. {made.max()} {place} do not fit {header.dtype}; "
+                "look at these pictures, or take precision float32"
+            )
+        self.stored[rows] = made
         self.labels[rows] = labels
-        self.codes.flush()  # the disk has the rows before it has the word that they are done
+        self.stored.flush()  # the disk has the rows before it has the word that they are done
         self.labels.flush()
         self.done[rows] = 1
 
@@ -186,22 +221,23 @@ def fill_cache(
 ) -> Iterator[int]:
     """Encode the pending rows of this process, saying after each batch how many were written.
 
-    encode: images float (n, 3, S, S) -> ids int (n, T); it sees batch_size * A crops at once.
+    encode: images float (n, 3, S, S) -> ids int (n, T), or moments (n, 2Z, h, w); it sees batch_size * A crops at once.
     Raises CorruptImage for a picture that cannot be read: a cache has no holes.
     """
     mine = Subset(pictures, writer.pending(rank, world))
     for batch in evaluation_batches(mine, batch_size, workers=workers):
         rows = batch["index"].numpy()
         images = batch["image"].reshape(-1, *batch["image"].shape[-3:])  # (n A, 3, S, S)
-        ids = encode(images).cpu().numpy()
-        writer.write(rows, ids.reshape(len(rows), pictures.crops, -1), batch["label"].numpy())
+        made = encode(images).cpu().numpy()
+        writer.write(rows, made.reshape(len(rows), pictures.crops, *made.shape[1:]), batch["label"].numpy())
         yield len(rows)
 
 
 class TokenCache(Dataset[dict[str, Any]]):
-    """N samples {"tokens": int64 (T,), "label": int64 (), "index": int} of a complete cache.
+    """N samples {"tokens": int64 (T,), "label": int64 (), "index": int} of a complete cache of codes; one of moments has
+    "latent": float32 (Z, h, w) instead of tokens, to be scaled by the tokenizer.
 
-    `sample` draws one of the A crops; cache[i] is the same crop at every call.
+    `sample` draws one of the A crops, and the latent from its Gaussian; cache[i] is the same at every call.
     tokenizer_sha256: of the weights in use, which must be those that made the cache.
     Raises DataError for a cache of another tokenizer, an unfinished one, and files of the wrong size.
     """
@@ -215,7 +251,7 @@ class TokenCache(Dataset[dict[str, Any]]):
                 f"{self.folder}: these tokens were made by the tokenizer {made_by.name} with weights sha256 "
                 f"{made_by.sha256}; the tokenizer in use has sha256 {tokenizer_sha256}. Make a cache with it"
             )
-        self._codes, labels, done = _open_arrays(self.folder, self.header, "r")
+        self._stored, labels, done = _open_arrays(self.folder, self.header, "r")
         if not complete:
             raise DataError(
                 f"{self.folder}: unfinished, {int((done != 0).sum())} of {self.header.count} rows are written; "
@@ -234,16 +270,22 @@ class TokenCache(Dataset[dict[str, Any]]):
         return self.sample(index, sample_rng(index=index))
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        codes = self._codes[index, rng.integers(self.header.crops)].astype(np.int64)  # (T,)
-        return {"tokens": torch.from_numpy(codes), "label": torch.tensor(int(self.labels[index])), "index": index}
+        stored = self._stored[index, rng.integers(self.header.crops)]
+        if self.header.kind == "codes":
+            drawn = {"tokens": torch.from_numpy(stored.astype(np.int64))}
+        else:
+            mean, log_variance = np.split(stored.astype(np.float32), 2)  # (Z, h, w) each
+            noise = rng.standard_normal(mean.shape, dtype=np.float32)
+            drawn = {"latent": torch.from_numpy(mean + np.exp(log_variance / 2) * noise)}
+        return {**drawn, "label": torch.tensor(int(self.labels[index])), "index": index}
 
     def describe(self) -> dict[str, Any]:
-        """Plain values that say what these tokens are, to be kept with whatever is made from them."""
+        """Plain values that say what is cached, to be kept with whatever is made from them."""
         return self.header.record()
 
 
 def _open_arrays(folder: Path, header: CacheHeader, mode: Literal["r", "r+"]) -> list[np.ndarray]:
-    """codes, labels, done, mapped. Raises DataError for a file that is missing or of the wrong size."""
+    """What is stored, labels, done: mapped. Raises DataError for a file that is missing or of the wrong size."""
     arrays = []
     for stem, (shape, dtype) in header.arrays().items():
         path = folder / f"{stem}.npy"

@@ -29,7 +29,7 @@ from layers.condition import LabelEmbedding, TextEmbedding, check_labels
 from layers.keymap import Join, translate
 from layers.noise import Noise
 from layers.rotary import layout_places, rotary_table, with_zero_slots
-from layers.spec import Condition, Grid, TokenSpec, stack
+from layers.spec import Condition, Grid, Pyramid, TokenSpec, stack
 
 SPAN = 64  # attention reads the cache in multiples of this many slots: few shapes to compile, little waste
 
@@ -120,6 +120,8 @@ class NextToken(Generator):
             raise ValueError(f"NextToken: give num_classes or text_dim: got {num_classes} and {text_dim}")
         if spec.vocab_size is None:
             raise ValueError(f"NextToken predicts discrete tokens, the tokenizer makes continuous ones: {spec}")
+        if isinstance(spec.layout, Pyramid):
+            raise ValueError(f"NextToken needs a Grid or a Sequence, the tokenizer makes a Pyramid: {spec}")
         self.spec, self.condition_drop = spec, condition_drop
         if num_classes is not None:
             self.condition = LabelEmbedding(num_classes, dim)
@@ -289,34 +291,41 @@ LLAMAGEN_KEYS = {  # theirs -> ours; None: ignored, for the reason beside it
 }
 
 
+def llama_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor arguments of the transformer, from the names and defaults of the original and of what grew from it."""
+    hidden = int((config.get("ffn_dim_multiplier") or 1) * int(2 * 4 * config["dim"] / 3))
+    return {
+        "dim": config["dim"],
+        "depth": config["n_layer"],
+        "heads": config["n_head"],
+        "kv_heads": config.get("n_kv_head"),
+        "mlp_hidden": round_up(hidden, config.get("multiple_of", 256)),
+        "theta": config.get("rope_base", 10_000.0),
+        "norm_eps": config.get("norm_eps", 1e-5),
+        "dropout": config.get("resid_dropout_p", 0.1),
+        "token_dropout": config.get("token_dropout_p", 0.1),
+        "drop_path": config.get("drop_path_rate", 0.0),
+        "condition_drop": config.get("class_dropout_prob", 0.1),
+    }
+
+
 def llamagen_from_published(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> NextToken:
     """A class- or text-conditional LlamaGen generator under the constructor arguments of the original configuration.
 
     In float32; it takes the tensors of `state` as they are, without a copy, where they are float32 already.
     """
-    side, dim = int(config.get("block_size", 256) ** 0.5), config["dim"]
+    side = int(config.get("block_size", 256) ** 0.5)
     pixels = side * config.get("downsample", 16)
     vocab_size = config.get("vocab_size", 16384)
-    hidden = int((config.get("ffn_dim_multiplier") or 1) * int(2 * 4 * dim / 3))
     captions = config.get("model_type", "c2i") == "t2i"
     slots = config.get("cls_token_num", 120 if captions else 1)
     with init_empty_weights(include_buffers=False):  # no memory and no time for weights that are replaced at once
         model = NextToken(
             TokenSpec(Grid(1, side, side), decoded=(1, pixels, pixels), vocab_size=vocab_size),
-            dim=dim,
-            depth=config["n_layer"],
-            heads=config["n_head"],
             num_classes=None if captions else config.get("num_classes", 1000),
             text_dim=config.get("caption_dim", 2048) if captions else None,
             text_slots=slots,
-            kv_heads=config.get("n_kv_head"),
-            mlp_hidden=round_up(hidden, config.get("multiple_of", 256)),
-            theta=config.get("rope_base", 10_000.0),
-            norm_eps=config.get("norm_eps", 1e-5),
-            dropout=config.get("resid_dropout_p", 0.1),
-            token_dropout=config.get("token_dropout_p", 0.1),
-            drop_path=config.get("drop_path_rate", 0.0),
-            condition_drop=config.get("class_dropout_prob", 0.1),
+            **llama_arguments(config),
         )
 
     def first_rows(null: Tensor) -> Tensor:  # the file keeps 120 rows whatever the number of condition slots

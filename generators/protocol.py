@@ -51,9 +51,19 @@ class Prediction:
 
 
 class Generator(nn.Module, ABC):
-    """An order of prediction over the tokens of `spec`. Constructors take spec first and refuse one they cannot serve."""
+    """An order of prediction over the tokens of `spec`. Constructors take spec first and refuse one they cannot serve.
+
+    Where ids are not enough to feed on, the constructor asks for `reader`: a frozen module that a tokenizer makes
+    (`tokenizer.reader()`), kept and saved with the generator's own weights.
+    undecayed: parts of names of the parameters that no weight decay may touch, beside vectors.
+    """
 
     spec: TokenSpec
+    undecayed: tuple[str, ...] = ()
+
+    def curriculum(self, step: int, steps: int) -> dict[str, Any]:
+        """What `loss` is given in step `step` of `steps`, where training goes through stages."""
+        return {}
 
     @abstractmethod
     def loss(self, tokens: Tensor, condition: Condition, **given: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """What a head is asked, and what it may ask while it draws."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -23,6 +24,20 @@ class Draw(Protocol):
     def normal(self, size: tuple[int, ...], part: int = 0) -> Tensor:
         """Standard normal noise (B, m, *size)."""
         ...
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Tokens drawn by a chain of Gaussian steps, and the law of the last of them: (B, m, C) each.
+
+    mean, std: of the last step (std includes the temperature); logstd_sum: the log standard deviations of all steps before
+    it, summed, without the temperature. Two models fed the same noise compare their densities by these.
+    """
+
+    sample: Tensor
+    mean: Tensor
+    std: Tensor
+    logstd_sum: Tensor
 
 
 class Head(nn.Module, ABC):

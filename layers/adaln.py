@@ -16,7 +16,7 @@ from torch.nn import functional
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x (B, L, D) times (1 + scale) plus shift, each (B, 1, D) or (B, L, D)."""
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class Modulation(nn.Module):

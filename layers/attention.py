@@ -33,6 +33,11 @@ class KVCache:
         self.keys[rows, slots] = keys
         self.values[rows, slots] = values
 
+    def write_from(self, start: int, keys: Tensor, values: Tensor) -> None:
+        """keys, values (b, l, g, d) to the l slots from `start` on, the same in every row."""
+        self.keys[:, start : start + keys.shape[1]] = keys
+        self.values[:, start : start + values.shape[1]] = values
+
 
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection (rows: queries, keys, values, each head-major).

@@ -8,7 +8,7 @@ the disk, then renamed, so a full disk or a kill leaves the previous file whole.
 import builtins
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -29,8 +29,18 @@ class CheckpointError(ValueError):
 def read_tensors(path: str | Path, nested: str | None = None) -> dict[str, Tensor]:
     """All tensors of a file, on the CPU, by name.
 
-    nested: the key of a torch file under which the state dict lies ("model", "ema", ...); None for a flat one.
+    nested: the key of a torch file under which the state dict lies ("model", "ema", "trainer.model" for a dict within a
+    dict, ...); None for a flat one.
     Raises CheckpointError for a missing, truncated or foreign file, for code in it, and for a `nested` it lacks.
+    """
+    return next(iter(read_places(path, [nested]).values()))
+
+
+def read_places(path: str | Path, places: Sequence[str | None]) -> dict[str | None, dict[str, Tensor]]:
+    """The tensors at each of `places` (see read_tensors) where a file has some; it is read once.
+
+    A safetensors file is flat: it has its tensors at None, whatever the places. Raises CheckpointError as read_tensors,
+    for what the last place lacks where it has none of them.
     """
     path = Path(path)
     if not path.is_file():
@@ -38,17 +48,28 @@ def read_tensors(path: str | Path, nested: str | None = None) -> dict[str, Tenso
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+                return {None: {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118 (it is no mapping)
         except SafetensorError as error:
             raise CheckpointError(
                 f"{path}: not a whole safetensors file, copy or download it again ({error})"
             ) from error
-    content = _load_torch_file(path)
-    if nested is not None:
-        if not isinstance(content, Mapping) or nested not in content:
+    content, found, refusal = _load_torch_file(path), {}, None
+    for place in places:
+        try:
+            found[place] = _tensors_at(content, place, path)
+        except CheckpointError as error:
+            refusal = error
+    if not found:
+        raise refusal
+    return found
+
+
+def _tensors_at(content: Any, place: str | None, path: Path) -> dict[str, Tensor]:
+    for part in () if place is None else place.split("."):
+        if not isinstance(content, Mapping) or part not in content:
             keys = sorted(map(str, content))[:8] if isinstance(content, Mapping) else type(content).__name__
-            raise CheckpointError(f"{path}: has no entry {nested!r}; it holds {keys}")
-        content = content[nested]
+            raise CheckpointError(f"{path}: has no entry {place!r}; it holds {keys}")
+        content = content[part]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         keys = sorted(map(str, content))[:8] if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(f"{path}: expected a flat dict of tensors, found {keys}; name the entry that holds them")

@@ -19,11 +19,12 @@ class CheckpointMismatch(ValueError):
 
 @dataclass(frozen=True)
 class Join:
-    """Part `part` of `of` parts that are concatenated along dim 0 into `key`."""
+    """Part `part` of `of` parts that are concatenated along `dim` into `key`."""
 
     key: str
     part: int
     of: int
+    dim: int = 0
 
 
 Target = str | None | Join | tuple[str, Callable[[Tensor], Tensor]]
@@ -41,7 +42,7 @@ def translate(
         for source, target in keys.items()
     ]
     found: dict[str, dict[int, Tensor]] = {}  # our key -> its parts
-    sizes: dict[str, int] = {}
+    joins: dict[str, tuple[int, int]] = {}  # our key -> the number of its parts, and the dim they lie along
     faults = []
     for name, tensor in state.items():
         shape = tuple(tensor.shape)
@@ -50,11 +51,11 @@ def translate(
             faults.append(f"{name} {shape} fits {len(hits)} rules: map it once, or ignore it with a reason")
             continue
         indices, target = hits[0]
-        part, of = 0, 1
+        part, of, dim = 0, 1, 0
         match target:
             case None:
                 continue
-            case Join(key, part, of):
+            case Join(key, part, of, dim):
                 pass
             case (key, transform):
                 try:
@@ -66,16 +67,17 @@ def translate(
                 pass
         key = key.format(**indices)
         parts = found.setdefault(key, {})
-        if part in parts or sizes.setdefault(key, of) != of:
+        if part in parts or joins.setdefault(key, (of, dim)) != (of, dim):
             faults.append(f"{name} {shape} collides with another key that is mapped to {key}")
         parts[part] = tensor
     out = {}
     for key, parts in found.items():
+        of, dim = joins[key]
         shapes = {part: tuple(tensor.shape) for part, tensor in sorted(parts.items())}
-        if list(shapes) == list(range(sizes[key])) and len({shape[1:] for shape in shapes.values()}) == 1:
-            out[key] = torch.cat([parts[part] for part in shapes]) if len(parts) > 1 else parts[0]
+        if list(shapes) == list(range(of)) and len({shape[:dim] + shape[dim + 1 :] for shape in shapes.values()}) == 1:
+            out[key] = torch.cat([parts[part] for part in shapes], dim) if len(parts) > 1 else parts[0]
         else:
-            faults.append(f"{key} needs {sizes[key]} parts that fit together, the checkpoint has {shapes}")
+            faults.append(f"{key} needs {of} parts that fit together, the checkpoint has {shapes}")
     check_keys(out, wanted, faults)
     return out
 

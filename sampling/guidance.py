@@ -6,7 +6,7 @@ the standard one, `uncond + scale (cond - uncond)`, and `to_standard` converts (
 Letters: S the scale asked for, n steps, i the step counted from 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from inspect import signature
 from math import cos, floor, pi
@@ -132,6 +132,16 @@ def linspace(steps: int, scale: float, end: float) -> Tensor:
     return torch.linspace(scale, end, steps, dtype=torch.float64)
 
 
+def listed(steps: int, scale: float, values: Sequence[float]) -> Tensor:
+    """S times the value of each step; the last one holds beyond the end of the list.
+
+    For a pyramid, a scale for each of its K grids. Raises ValueError for an empty list.
+    """
+    if not values:
+        raise ValueError("guidance schedule 'listed' needs values, one for each step")
+    return scale * torch.tensor([values[min(i, len(values) - 1)] for i in range(steps)], dtype=torch.float64)
+
+
 def counted(steps: int) -> Tensor:
     return torch.arange(steps, dtype=torch.float64)
 
@@ -153,6 +163,7 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
         titok_linear,
         mar_linear,
         linspace,
+        listed,
     )
 }
 
@@ -162,7 +173,7 @@ class Guidance:
     """Scale, schedule and mix. The default never guides.
 
     schedule: a name of SCHEDULES; rule: standard, var or muse. power belongs to the three cosines, end to linspace,
-    interval to the schedule of that name, and length, the number of tokens, to mar_linear.
+    interval to the schedule of that name, length, the number of tokens, to mar_linear, and values to listed.
     Raises ValueError for an unknown schedule or rule (naming the nearest), a setting that the schedule lacks, one that
     it does not read, and one out of range.
     """
@@ -174,8 +185,10 @@ class Guidance:
     interval: int = -1
     end: float | None = None
     length: int | None = None
+    values: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "values", tuple(self.values))
         look_up(self.rule, RULES, "guidance rule")
         wanted = self._arguments()
         for setting in fields(self):

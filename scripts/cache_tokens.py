@@ -1,5 +1,7 @@
 """Turn a data set into a token cache: every picture encoded once, so that generators train without their tokenizer.
 
+Discrete tokens are kept as codes, continuous ones as the mean and log-variance of their posterior.
+
 python scripts/cache_tokens.py --tokenizer-run runs/vq --data folder --root /data/birds --out caches/birds
 accelerate launch scripts/cache_tokens.py ...     # many processes; interrupted, the same command goes on
 """

@@ -72,8 +72,10 @@ def check_file(file: Path, name: str | None = None) -> None:
 
 def _row(entry: Entry) -> tuple[str, ...]:
     size = (entry.tokenizer_config or entry.config).get("image_size", "")
+    size = size or next((number["protocol"]["made_at"] for number in entry.reported), "")
     numbers = [f"{number['metric']} {number['value']:.2f}" for number in entry.reported[:1]]
-    scale = entry.recipe.get("guidance", {}).get("scale", "")
+    guidance = entry.recipe.get("guidance", {})
+    scale = guidance.get("end", guidance.get("scale", ""))  # of a rising schedule its last
     return (
         entry.name,
         f"{entry.parameters:.1f} M",

@@ -14,7 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Check:
-    """One call of a case: inputs by argument name, expected outputs by name, the tolerance that comes with it."""
+    """One call of a case: inputs by argument name, expected outputs by name, the tolerance that comes with it.
+
+    params: plain arguments; a case keeps them under params, args or kwargs.
+    """
 
     call: str
     inputs: dict[str, Tensor]
@@ -46,7 +49,7 @@ def read_case(folder: Path) -> Case:
         Check(
             call=check["call"],
             inputs={name: tensors[key] for name, key in check["inputs"].items()},
-            params=check.get("params", {}),
+            params={**check.get("params", {}), **check.get("args", {}), **check.get("kwargs", {})},
             outputs={name: tensors[key] for name, key in check["outputs"].items()},
             atol=float(check["atol"]),
             note=check.get("note", ""),

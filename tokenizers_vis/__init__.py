@@ -7,11 +7,25 @@ from torch import Tensor
 
 from layers.record import look_up
 from tokenizers_vis import quantizers
+from tokenizers_vis.kl import KLTokenizer, kl16_from_published
+from tokenizers_vis.maskgit_vq import MaskGITVQTokenizer, maskgit_vqgan_from_published
+from tokenizers_vis.multiscale_vq import DirectionQuantizer, MultiScaleVQTokenizer, var_vqvae_from_published
 from tokenizers_vis.protocol import Tokenizer
 from tokenizers_vis.vq import VQTokenizer, llamagen_vq_from_published
 
-CLASSES = {"VQTokenizer": VQTokenizer, **quantizers.CLASSES}
-PUBLISHED = {"llamagen-vq": llamagen_vq_from_published}
+CLASSES = {
+    **{
+        made.__name__: made
+        for made in (VQTokenizer, MultiScaleVQTokenizer, DirectionQuantizer, KLTokenizer, MaskGITVQTokenizer)
+    },
+    **quantizers.CLASSES,
+}
+PUBLISHED = {
+    "llamagen-vq": llamagen_vq_from_published,
+    "var-vqvae": var_vqvae_from_published,
+    "kl16-vae": kl16_from_published,
+    "maskgit-vqgan": maskgit_vqgan_from_published,
+}
 
 
 def from_published(family: str, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tokenizer:

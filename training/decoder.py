@@ -15,6 +15,7 @@ from generators.protocol import Generator
 from layers.noise import Noise
 from layers.packed import pack_linears
 from layers.spec import Condition
+from layers.winograd import pack_convolutions
 from sampling.decode import generate
 from sampling.sampler import Sampler
 from tokenizers_vis.protocol import Tokenizer
@@ -47,8 +48,10 @@ class Decoder:
     def __call__(self, index: Tensor, condition: Condition) -> Tensor:
         """index int64 (B,) -> images float (B, 3, H, W), on the decoder's device."""
         noise = Noise(self.seed, index.to(self.device))
-        tokens = generate(self.generator, condition.to(self.device), self.sampler, noise).tokens
-        return self.tokenizer.decode(tokens)
+        state = generate(self.generator, condition.to(self.device), self.sampler, noise)
+        if self.sampler.smooth is not None:  # the picture of the soft codes that the generator fed on
+            return self.tokenizer.pixels(state.memory)
+        return self.tokenizer.decode(state.tokens)
 
 
 def add_decoder_arguments(parser: ArgumentParser) -> None:
@@ -95,6 +98,9 @@ def open_decoder(parser: ArgumentParser, arguments: Sequence[str] | None, device
         tokenizer.double()
     if device.type == "cpu" and not options.compile:
         pack_linears(generator)
+        for name, part in list(tokenizer.named_modules()):
+            if name.rpartition(".")[2] == "decoder":  # an encoder would give other ids
+                pack_convolutions(part)
     if options.compile:
         generator.trunk.compile(dynamic=False)
     settings = {"source": source, "sampler": _plain(options.sampler), "seed": options.seed, "dtype": options.dtype}

@@ -29,6 +29,7 @@ from training.loop import (
     export_state,
     reseed,
     save_grid,
+    set_decay,
     set_lr,
     to_device,
     update,
@@ -51,13 +52,13 @@ def train_generator(
 ) -> None:
     """Train up to `options.steps`, from the newest checkpoint of `folder` on, and export the averaged weights.
 
-    stream: batches with "label" and "tokens" (B, L), or "image", which the tokenizer encodes here. held_out: batches
-    whose loss is reported; on every process its own. sample: the averaged generator -> rows of pictures (N, 3, H, W) for
-    a grid. Raises TrainingDiverged at a number that is not finite, NotWritten on a full disk.
+    stream: batches with "label" and "tokens" (B, L), or "latent" or "image", of which the tokenizer makes tokens here.
+    held_out: batches whose loss is reported; on every process its own. sample: the averaged generator -> rows of pictures
+    (N, 3, H, W) for a grid. Raises TrainingDiverged at a number that is not finite, NotWritten on a full disk.
     """
     tokenizer.to(accelerator.device).eval().requires_grad_(False)
     model = Through(generator, generator.loss)
-    optimizer = adamw(model, options)
+    optimizer = adamw(model, options, generator.undecayed)
     model, optimizer = accelerator.prepare(model, optimizer)
     average = EMA(model, options.ema_decay)
     accelerator.register_for_checkpointing(average)
@@ -73,11 +74,13 @@ def train_generator(
     for step in tqdm(range(first, options.steps), initial=first, total=options.steps, disable=rank > 0):
         reseed(folder.seed, step, rank)
         lr = set_lr([optimizer], step, options)
+        set_decay([optimizer], step, options)
+        given = generator.curriculum(step, options.steps)
         for _ in range(options.accumulation):
             tokens, condition = lesson(next(batches), tokenizer, accelerator.device)
             journal.count(len(tokens))
             with accelerator.accumulate(model):
-                loss, parts = model(tokens, condition)
+                loss, parts = model(tokens, condition, **given)
                 accelerator.backward(loss)
                 watch.add(step, {**parts, "loss": loss})
                 watch.add(step, update(accelerator, model, optimizer, options))
@@ -109,7 +112,15 @@ def train_generator(
 
 
 def lesson(batch: Batch, tokenizer: Tokenizer, device: torch.device) -> tuple[Tensor, Condition]:
-    """Tokens and what they are about."""
-    batch = to_device(batch, device)
-    tokens = batch["tokens"] if "tokens" in batch else tokenizer.encode(batch["image"])
+    """Tokens and what they are about. Continuous tokens are drawn from the tokenizer's posterior, anew each time: here, or
+    by the cache that gives a latent."""
+    batch, spec = to_device(batch, device), tokenizer.spec
+    if "tokens" in batch:
+        tokens = batch["tokens"]
+    elif "latent" in batch:
+        tokens = tokenizer.tokens(batch["latent"])
+    else:
+        images = batch["image"]
+        size = (len(images), spec.length, spec.channels)
+        tokens = tokenizer.encode(images, noise=None if spec.channels is None else torch.randn(size, device=device))
     return tokens, Condition(label=batch["label"])

@@ -15,6 +15,7 @@ from data.loader import Samples, batches
 from data.sets import PictureSet, open_set
 from data.token_cache import TokenCache
 from generators.protocol import Generator
+from layers.keymap import check_keys
 from layers.noise import Noise
 from layers.record import build
 from layers.spec import Condition
@@ -25,7 +26,8 @@ from training.generator_loop import Sample, train_generator
 from training.loop import Batch, Stream, TrainOptions, accelerate
 from training.losses import TokenizerObjective
 from training.options import Config
-from training.run import CLASSES, RunError, RunFolder, claim, load_run
+from training.published import entries, generator_weights
+from training.run import CLASSES, RunError, RunFolder, claim, feeding, load_run
 from training.tokenizer_loop import train_tokenizer
 
 GRID_CLASSES, GRID_EACH = 10, 8  # of a sample grid: at most so many rows, a class each, of so many pictures
@@ -61,7 +63,9 @@ def generator_job(config: Config) -> bool:
         lessons = TokenCache(config["token_cache"], source.tokenizer_sha256)
     record = with_classes(config["generator"], len(lessons.classes))
     set_seed(config["seed"])
-    generator = build(record, CLASSES, spec=spec)
+    generator = build(record, CLASSES, **feeding(record, source.tokenizer))
+    if config["start_from"] is not None:
+        begin_with(generator, config["start_from"])
     folder = RunFolder(Path(config["out"]), "generator", record, lessons.describe(), config["seed"], source)
     if not _begin(folder, config, options.steps, accelerator):
         return False
@@ -91,6 +95,26 @@ def with_classes(record: Mapping[str, Any], count: int) -> dict[str, Any]:
             )
         arguments["num_classes"] = count
     return {**record, "init_args": arguments}
+
+
+def begin_with(generator: Generator, source: str) -> None:
+    """Give a new generator the weights of another with the same parameters: a run folder, or a name in
+    configs/published. What it feeds on stays that of its own tokenizer.
+
+    Raises RunError for a run without a generator, CheckpointMismatch naming every tensor that does not fit.
+    """
+    if source in entries():
+        state = generator_weights(source)
+    else:
+        found = load_run(source).generator
+        if found is None:
+            raise RunError(f"{source}: holds a tokenizer, not a generator to start from")
+        state = found.state_dict()
+    own = generator.state_dict()
+    kept = {name: tensor for name, tensor in own.items() if name.startswith("reader.")}
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("reader.")} | kept
+    check_keys(state, own)
+    generator.load_state_dict(state)
 
 
 def class_grid(tokenizer: Tokenizer, sampler: Mapping[str, Any], classes: int, seed: int) -> Sample:
@@ -133,7 +157,7 @@ def _held_out(data: Mapping[str, Any], classes: Sequence[str], accelerator: Acce
     if not data["held_out"]:
         return []
     rank, world = accelerator.process_index, accelerator.num_processes
-    transform = "center" if data["transform"] == "random" else data["transform"]
+    transform = {"random": "center", "var_random": "var_center"}.get(data["transform"], data["transform"])
     still = {"flip": False, "transform": transform, "on_corrupt": "error"}
     pictures = _pictures({**data, **still}, split="val", classes=classes)
     size = min(data["batch_size"], len(pictures) // world)

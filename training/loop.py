@@ -42,9 +42,12 @@ class TrainOptions:
         lr: Learning rate of AdamW at its highest.
         betas: Decay rates of AdamW's two moments.
         weight_decay: Weight decay of AdamW, on tensors of two or more dimensions alone.
+        weight_decay_end: Weight decay at the last step, reached along half a cosine; null keeps it as it is.
         clip: Largest norm of the gradient; null leaves it as it is.
         warmup: Steps in which the learning rate rises to lr.
+        warmup_from: Share of lr that the rise begins at.
         schedule: Course of the learning rate after the warm-up, down to lr_end times lr at the last step.
+        hold: Share of the steps after the warm-up that still have all of lr, before a cosine or linear schedule begins.
         lr_end: Share of lr that is left at the end of a cosine or linear schedule.
         ema_decay: Decay of the weight average that is exported; it begins lower, see training/ema.py. 0: no averaging.
         accumulation: Batches that make one optimiser step.
@@ -60,9 +63,12 @@ class TrainOptions:
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.05
+    weight_decay_end: float | None = None
     clip: float | None = 1.0
     warmup: int = 0
+    warmup_from: float = 0.0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
+    hold: float = 0.0
     lr_end: float = 0.0
     ema_decay: float = 0.9999
     accumulation: int = 1
@@ -77,6 +83,9 @@ class TrainOptions:
         for name in ("steps", "accumulation", "log_every", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}, must be at least 1")
+        for name in ("warmup_from", "hold"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"train.{name} is {getattr(self, name)}, must be in [0, 1)")
         object.__setattr__(self, "betas", tuple(self.betas))
         object.__setattr__(self, "trackers", tuple(self.trackers))
 
@@ -92,8 +101,8 @@ class Through(nn.Module):
         super().__init__()
         self.module, self.method = module, method
 
-    def forward(self, *arguments: Any) -> Any:
-        return self.method(*arguments)
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        return self.method(*arguments, **named)
 
 
 def accelerate(options: TrainOptions, folder: Path) -> Accelerator:
@@ -106,12 +115,17 @@ def accelerate(options: TrainOptions, folder: Path) -> Accelerator:
     )
 
 
-def adamw(module: nn.Module, options: TrainOptions) -> AdamW:
-    """AdamW over the parameters that learn; biases, norms and other vectors are not decayed."""
-    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+def adamw(module: nn.Module, options: TrainOptions, undecayed: Sequence[str] = ()) -> AdamW:
+    """AdamW over the parameters that learn; biases, norms and other vectors are not decayed, nor is what has one of
+    `undecayed` in its name."""
+    decayed, spared = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            spare = parameter.dim() < 2 or any(part in name for part in undecayed)
+            (spared if spare else decayed).append(parameter)
     groups = [
-        {"params": [p for p in learning if p.dim() >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in learning if p.dim() < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": options.weight_decay, "decayed": True},
+        {"params": spared, "weight_decay": 0.0, "decayed": False},
     ]
     return AdamW([group for group in groups if group["params"]], lr=options.lr, betas=options.betas)
 
@@ -119,10 +133,11 @@ def adamw(module: nn.Module, options: TrainOptions) -> AdamW:
 def lr_factor(step: int, options: TrainOptions) -> float:
     """The share of `lr` in step `step`, counted from 0: a linear rise over `warmup` steps, then the schedule."""
     if step < options.warmup:
-        return (step + 1) / options.warmup
+        return options.warmup_from + (1 - options.warmup_from) * (step + 1) / options.warmup
     if options.schedule == "constant":
         return 1.0
-    done = min(1.0, (step - options.warmup) / max(1, options.steps - 1 - options.warmup))
+    passed = min(1.0, (step - options.warmup) / max(1, options.steps - 1 - options.warmup))
+    done = max(0.0, passed - options.hold) / (1 - options.hold)
     left = 1 - done if options.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return options.lr_end + (1 - options.lr_end) * left
 
@@ -133,6 +148,17 @@ def set_lr(optimizers: Sequence[Optimizer], step: int, options: TrainOptions) ->
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = lr
     return lr
+
+
+def set_decay(optimizers: Sequence[Optimizer], step: int, options: TrainOptions) -> None:
+    """Give every group that is decayed the weight decay of this step."""
+    if options.weight_decay_end is None:
+        return
+    left = (1 + math.cos(math.pi * step / max(1, options.steps - 1))) / 2
+    decay = options.weight_decay_end + (options.weight_decay - options.weight_decay_end) * left
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        if group["decayed"]:
+            group["weight_decay"] = decay
 
 
 def reseed(seed: int, step: int, rank: int) -> None:

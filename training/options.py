@@ -60,7 +60,13 @@ def generator_parser() -> ArgumentParser:
         default=None,
         help="Train on the tokens of this cache (scripts/cache_tokens.py), not on pictures.",
     )
-    parser.add_subclass_arguments(Generator, "generator", required=True, skip={"spec"})
+    parser.add_argument(
+        "--start_from",
+        type=str | None,
+        default=None,
+        help="Begin with the weights of this run's generator, or of this name in configs/published.",
+    )
+    parser.add_subclass_arguments(Generator, "generator", required=True, skip={"spec", "reader"})
     parser.add_class_arguments(Sampler, "sampler")
     return parser
 

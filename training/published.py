@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import generators
 import tokenizers_vis
 from generators.protocol import Generator
-from layers.checkpoint import CheckpointError, checksum, read_tensors
+from layers.checkpoint import checksum, read_places
 from layers.keymap import CheckpointMismatch
 from layers.record import look_up
 from tokenizers_vis.protocol import Tokenizer
@@ -36,11 +36,11 @@ class PublishedError(ValueError):
 class Entry:
     """A row of configs/published.
 
-    file, nested: the file in the repository `hub`, and the entry of it that holds the tensors (None: flat). sha256: None
-    where not known. parameters: millions, as published. config: the original constructor arguments. ignored: pattern of
-    keys that no model needs -> reason. Of a generator: condition, what it is told; the tokenizer that decodes it, with
-    what differs from that one's config; recipe, the Sampler's arguments (filter, guidance). reported: the published
-    numbers, each with metric, value and its protocol.
+    file, nested: the file in the repository `hub`, and the entry of it that holds the tensors (None: flat); trainer: the
+    entry of a checkpoint of the original trainer that holds the same. sha256: None where not known. parameters: millions,
+    as published. config: the original constructor arguments. ignored: pattern of keys that no model needs -> reason. Of a
+    generator: condition, what it is told; the tokenizer that decodes it, with what differs from that one's config; recipe,
+    the Sampler's arguments (filter, guidance). reported: the published numbers, each with metric, value and its protocol.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Entry:
     hub: str
     file: str
     nested: str | None
+    trainer: str | None = None
     sha256: str | None
     parameters: float
     config: dict[str, Any]
@@ -150,14 +151,25 @@ def load_published(
     coder = find(entry.tokenizer)
     path, coder_path = fetch(entry, weights), fetch(coder, tokenizer_weights, "--tokenizer-weights")
     tokenizer = _load(coder, coder_path, coder.config | entry.tokenizer_config).to(device)
-    generator = _load(entry, path, entry.config).to(device)
+    given = {"reader": tokenizer.reader()} if hasattr(tokenizer, "reader") else {}
+    generator = _load(entry, path, entry.config, **given).to(device)
     provenance = {**_provenance(entry, path), "tokenizer": _provenance(coder, coder_path)}
     return Published(tokenizer, generator, entry.recipe, provenance)
 
 
-def _load(entry: Entry, path: Path, config: Mapping[str, Any]) -> nn.Module:
+def generator_weights(name: str, weights: str | Path | None = None) -> dict[str, Tensor]:
+    """The tensors of a published generator under this project's names; those of its reader, which are the tokenizer's,
+    may be empty. Raises as `load_published`."""
+    entry = find(name)
+    if entry.kind != "generator":
+        raise PublishedError(f"{name} is a tokenizer; a generator can start from a generator alone")
+    return _load(entry, fetch(entry, weights), entry.config).state_dict()
+
+
+def _load(entry: Entry, path: Path, config: Mapping[str, Any], **given: Any) -> nn.Module:
+    read = _read(path, [entry])
     try:
-        return FROM_PUBLISHED[entry.kind](entry.family, read_tensors(path, entry.nested), config)
+        return FROM_PUBLISHED[entry.kind](entry.family, next(iter(read.values())), config, **given)
     except CheckpointMismatch as error:
         raise CheckpointMismatch(
             f"{path} is not {entry.name}: {error}\n`python scripts/published.py check {path}` says what it is"
@@ -208,8 +220,8 @@ def check(file: str | Path, name: str | None = None) -> Report:
     read = _read(path, tried)
     seconds = perf_counter() - start
     shapes = {nested: {key: tensor.to("meta") for key, tensor in tensors.items()} for nested, tensors in read.items()}
-    places = [(entry, place) for entry in tried if (place := _nesting(entry, path)) in read]
-    faults = {entry.name: _faults(entry, shapes[place]) for entry, place in places}
+    places = [(entry, place) for entry in tried for place in _places(entry, path) if place in read]
+    faults = {entry.name: _faults(entry, shapes[place]) for entry, place in reversed(places)}
     sha256 = checksum(path)
 
     def rank(found: tuple[Entry, str | None]) -> tuple[int, bool, bool]:
@@ -231,27 +243,24 @@ def check(file: str | Path, name: str | None = None) -> Report:
         faults=faults[entry.name],
         tensors=len(read[place]),
         ignored={key: reason for key in read[place] if (reason := _reason(entry, key)) is not None},
-        parameters=None if model is None else sum(p.numel() for p in model.parameters()),
+        parameters=None if model is None else sum(p.numel() for p in model.parameters() if p.requires_grad),
         seconds=seconds,
     )
 
 
-def _nesting(entry: Entry, path: Path) -> str | None:
-    return None if path.suffix == ".safetensors" else entry.nested
+def _places(entry: Entry, path: Path) -> tuple[str | None, ...]:
+    """Where in a file of this kind the tensors of an entry may lie."""
+    if path.suffix == ".safetensors":
+        return (None,)
+    return (entry.nested,) if entry.trainer is None else (entry.nested, entry.trainer)
 
 
 def _read(path: Path, tried: Iterable[Entry]) -> dict[str | None, dict[str, Tensor]]:
     """The tensors at every place of the file where an entry has its own. A file with an inner dict is not flat as well."""
-    read, refusal = {}, None
-    for nested in sorted({_nesting(entry, path) for entry in tried}, key=lambda nested: (nested is None, nested)):
-        if nested is None and read:
-            break
-        try:
-            read[nested] = read_tensors(path, nested)
-        except CheckpointError as error:
-            refusal = error
-    if not read:
-        raise refusal
+    places = {place for entry in tried for place in _places(entry, path)}
+    read = read_places(path, sorted(places, key=lambda place: (place is None, place)))
+    if len(read) > 1:
+        read.pop(None, None)
     return read
 
 

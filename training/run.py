@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from inspect import signature
 from pathlib import Path
 from platform import python_version
 from typing import Any
@@ -32,7 +33,7 @@ import tokenizers_vis
 from generators.protocol import Generator
 from layers.checkpoint import CheckpointError, checksum, read_tensors, save_tensors, write_atomic
 from layers.keymap import check_keys
-from layers.record import build
+from layers.record import build, look_up
 from layers.spec import TokenSpec
 from tokenizers_vis.protocol import Tokenizer
 
@@ -130,8 +131,25 @@ def load_run(path: str | Path, device: torch.device | str = "cpu") -> Run:
         made_for = TokenSpec.from_record(modules["generator"]["spec"])
         if made_for != tokenizer.spec:
             raise RunError(f"{path}: the generator is made for {made_for}, the tokenizer makes {tokenizer.spec}")
-        generator = _load_module(path, modules["generator"], spec=tokenizer.spec).to(device)
+        entry = modules["generator"]
+        generator = _load_module(path, entry, **feeding(entry["record"], tokenizer)).to(device)
     return Run(path, kind, tokenizer, generator, tuple(record["data"]["classes"]), record)
+
+
+def feeding(record: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The constructor arguments of a generator that its tokenizer makes: the spec, and a reader where one is asked for.
+
+    Raises RunError where the tokenizer makes none.
+    """
+    name = record["class_path"].rsplit(".", 1)[-1]
+    given: dict[str, Any] = {"spec": tokenizer.spec}
+    if "reader" in signature(look_up(name, CLASSES, "class")).parameters:
+        if not hasattr(tokenizer, "reader"):
+            raise RunError(
+                f"{name} feeds on a reader, {type(tokenizer).__name__} makes none; train it on another tokenizer"
+            )
+        given["reader"] = tokenizer.reader()
+    return given
 
 
 def _read_record(path: Path) -> dict[str, Any]:

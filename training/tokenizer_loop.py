@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from tqdm import tqdm
 
+from layers.spec import Pyramid
 from tokenizers_vis.protocol import Tokenizer
 from tokenizers_vis.quantizers.usage import code_counts, usage_metrics
 from training.checkpoint import Checkpoints
@@ -113,19 +115,34 @@ def train_tokenizer(
 
 
 def score(tokenizer: Tokenizer, held_out: Sequence[Batch], accelerator: Accelerator, picture: Path) -> dict[str, float]:
-    """Mean squared error and PSNR of clamped reconstructions, range 2, mean over pictures; use of the codebook."""
+    """Mean squared error and PSNR of clamped reconstructions, range 2, mean over pictures; use of the codebook.
+
+    Of a pyramid of scales also the perplexity of each scale's codes and the PSNR of its decode with those before it.
+    """
+    layout = tokenizer.spec.layout
+    prefixes = tokenizer.prefixes if isinstance(layout, Pyramid) else (layout.length,)
     errors, ids = [], []
     for batch in held_out:
         images = to_device(batch, accelerator.device)["image"]
         tokens = tokenizer.encode(images)
-        again = tokenizer.decode(tokens).float().clamp(-1, 1)
-        errors.append((again - images).square().flatten(1).mean(1))
+        again = [tokenizer.decode(tokens[:, :n]).float().clamp(-1, 1) for n in prefixes]
+        errors.append(torch.stack([(some - images).square().flatten(1).mean(1) for some in again], 1))  # (B, prefixes)
         ids.append(tokens)
         if len(errors) == 1 and accelerator.is_main_process:
-            save_grid(picture, [images[:SHOWN], again[:SHOWN]])
+            save_grid(picture, [images[:SHOWN], *(some[:SHOWN] for some in again)])
     error = accelerator.gather(torch.cat(errors))
-    scores = {"held_out_mse": error.mean(), "held_out_psnr_db": 10 * (4 / error).log10().mean()}
+    psnr = 10 * (4 / error).log10().mean(0)
+    scores = {"held_out_mse": error[:, -1].mean(), "held_out_psnr_db": psnr[-1]}
+
+    def use(tokens: Tensor) -> dict[str, Tensor]:
+        return usage_metrics(accelerator.reduce(code_counts(tokens, tokenizer.spec.vocab_size)))
+
     if tokenizer.spec.vocab_size is not None:
-        counts = accelerator.reduce(code_counts(torch.cat(ids), tokenizer.spec.vocab_size))
-        scores["held_out_usage"] = usage_metrics(counts)["usage"]
+        scores["held_out_usage"] = use(torch.cat(ids))["usage"]
+    if isinstance(layout, Pyramid):
+        starts = (0, *prefixes)
+        for k, end in enumerate(prefixes):
+            scores[f"held_out_psnr_db_scale_{k}"] = psnr[k]
+            if tokenizer.spec.vocab_size is not None:
+                scores[f"held_out_perplexity_scale_{k}"] = use(torch.cat(ids)[:, starts[k] : end])["perplexity"]
     return {name: value.item() for name, value in scores.items()}

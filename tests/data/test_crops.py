@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.crops import TRANSFORMS, center_crop_arr, mirrored, random_crop_arr, ten_crop, var_center_crop
+from data.crops import (
+    TRANSFORMS,
+    center_crop_arr,
+    mirrored,
+    random_crop_arr,
+    ten_crop,
+    var_center_crop,
+    var_random_crop,
+)
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -75,3 +83,12 @@ def test_every_transform_makes_the_crops_it_says() -> None:
         assert made.shape == ((32, 32, 3) if crops == 1 else (crops, 32, 32, 3)), name
     first, second = TRANSFORMS["center_flip"][1](picture(50, 41), 32, np.random.default_rng(0), 1.1)
     assert np.array_equal(second, first[:, ::-1])
+
+
+def test_vars_random_crop_is_a_part_of_the_same_resized_picture_at_every_place() -> None:
+    image = np.random.default_rng(0).integers(
+        0, 256, (36, 40, 3), dtype=np.uint8
+    )  # 36 = 1.125 * 32: nothing is resized
+    found = {var_random_crop(image, 32, np.random.default_rng(seed)).tobytes() for seed in range(400)}
+    places = {image[top : top + 32, left : left + 32].tobytes() for top in range(5) for left in range(9)}
+    assert found == places  # P(a place is missed) < 45 (44/45)^400 = 0.6 %, and the seeds are fixed

@@ -24,7 +24,7 @@ FACTS = TokenizerFacts("vq", "ab" * 32, vocab_size=1000, record={"class_path": "
 
 def header(count: int = 50, vocab_size: int = 1000) -> CacheHeader:
     facts = replace(FACTS, vocab_size=vocab_size)
-    return CacheHeader(facts, count, crops=2, length=6, transform="center_flip", classes=["a", "b", "c"])
+    return CacheHeader(facts, count, crops=2, shape=(6,), transform="center_flip", classes=["a", "b", "c"])
 
 
 def content(count: int = 50, vocab_size: int = 1000) -> tuple[np.ndarray, np.ndarray]:
@@ -195,7 +195,7 @@ def encode(images: Tensor) -> Tensor:
 
 
 def picture_cache(folder: Path, pictures: PictureSet) -> CacheWriter:
-    return CacheWriter(folder, picture_header(pictures, replace(FACTS, vocab_size=256), length=4))
+    return CacheWriter(folder, picture_header(pictures, replace(FACTS, vocab_size=256), 4))
 
 
 def test_a_picture_set_is_encoded_crop_by_crop_by_many_processes(tmp_path: Path) -> None:

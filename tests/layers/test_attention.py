@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from einops import rearrange
+from timm.layers import GELUTanh, Mlp
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -115,6 +116,25 @@ def test_packed_linears_compute_the_same_and_leave_other_types_alone() -> None:
     for rows in (1, 8, 33):
         x = torch.randn(rows, 3, 40)
         assert_close(packed(x), net(x).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_packed_mlp_takes_its_gelu_along() -> None:
+    torch.manual_seed(0)
+    mlp = Mlp(16, 64, act_layer=GELUTanh)
+    packed = pack_linears(copy.deepcopy(mlp))
+    assert isinstance(packed.fc1, PackedLinear) and isinstance(packed.act, torch.nn.Identity)
+    x = torch.randn(3, 5, 16)
+    assert_close(packed(x), mlp(x).detach(), atol=1e-5, rtol=1e-5)
+    other = pack_linears(Mlp(16, 64, act_layer=torch.nn.GELU))
+    assert isinstance(other.act, torch.nn.GELU) and isinstance(other.fc1, PackedLinear)
+
+
+def test_a_cache_is_written_from_a_slot_on() -> None:
+    cache = KVCache.allocate(2, 6, 1, 3, torch.zeros(1))
+    keys, values = torch.randn(2, 2, 2, 1, 3)
+    cache.write_from(3, keys, values)
+    assert torch.equal(cache.keys[:, 3:5], keys) and torch.equal(cache.values[:, 3:5], values)
+    assert (cache.keys[:, [0, 1, 2, 5]] == 0).all()
 
 
 def test_sizes_that_do_not_divide_are_refused() -> None:

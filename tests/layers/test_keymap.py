@@ -32,6 +32,8 @@ def test_renaming_dropping_transforming_and_joining() -> None:
         "attn.0.q": numbered(1, 2),
         "attn.0.v": numbered(2, 2, start=4),
         "attn.0.k": numbered(1, 2, start=2),
+        "right": numbered(2, 1),
+        "down": numbered(2, 2, start=4),
         "steps": torch.tensor(7),
     }
     keys = {
@@ -40,12 +42,15 @@ def test_renaming_dropping_transforming_and_joining() -> None:
         "attn.{i}.q": Join("attention.{i}.qkv", 0, 3),
         "attn.{i}.k": Join("attention.{i}.qkv", 1, 3),
         "attn.{i}.v": Join("attention.{i}.qkv", 2, 3),
+        "right": Join("beside", 0, 2, dim=1),
+        "down": Join("beside", 1, 2, dim=1),
         "steps": None,  # bookkeeping of training
     }
     expected = {
         "layers.11.0.weight": numbered(2, 3),
         "layers.2.10.weight": numbered(2, 3, start=6),
         "read_out": torch.tensor([[0, 3], [1, 4], [2, 5]]),
+        "beside": torch.tensor([[0, 4, 5], [1, 6, 7]]),
         "attention.0.qkv": torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]]),
     }
     wanted = {name: torch.empty_like(tensor) for name, tensor in expected.items()}
@@ -80,6 +85,7 @@ def test_two_keys_never_become_one_silently() -> None:
     collision = ["b (2,) collides with another key that is mapped to x"]
     assert faults_of(state, {"a": "x", "b": "x"}, wanted) == collision
     assert faults_of(state, {"a": Join("x", 0, 1), "b": "x"}, wanted) == collision
+    assert collision[0] in faults_of(state, {"a": Join("x", 0, 2), "b": Join("x", 1, 2, dim=1)}, wanted)
     assert collision[0] in faults_of(state, {"a": Join("x", 0, 2), "b": Join("x", 0, 2)}, wanted)
     assert collision[0] in faults_of(state, {"a": Join("x", 0, 2), "b": Join("x", 1, 3)}, wanted)
 

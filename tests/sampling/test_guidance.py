@@ -25,6 +25,7 @@ FORMULAS: list[tuple[str, dict[str, Any], Callable[[int, int], float]]] = [  # (
     ("power_cosine", {"scale": 16.0, "power": 2.75}, lambda i, n: 1 + 15 * (1 - cos(pi * (i / n) ** 2.75)) / 2),
     ("power_cosine", {"scale": 16.0, "power": 0.0}, lambda i, n: 16.0),
     ("titok_linear", {"scale": 4.5, "rule": "muse"}, lambda i, n: 4.5 * i / n),
+    ("listed", {"scale": 2.0, "values": (0.5, 1.5, 3.0)}, lambda i, n: (1.0, 3.0, 6.0)[min(i, 2)]),
     ("linspace", {"scale": 1.2, "end": 8.0}, lambda i, n: 1.2 + 6.8 * i / (n - 1)),
 ]
 

@@ -12,6 +12,7 @@ from sampling.decode import impose
 from sampling.filters import Filter
 from sampling.guidance import Guidance
 from sampling.sampler import Sampler, inverse_cdf
+from sampling.smooth import Smooth
 
 SPEC = TokenSpec(Grid(1, 2, 3), decoded=(1, 8, 12), vocab_size=11)
 
@@ -95,3 +96,47 @@ def test_noise_decides_draws_by_position_and_not_by_round() -> None:
     assert torch.equal(first, made.head.sample(made.z, Sampler().draw(made, noise, 5)))
     made.positions = made.positions + 1
     assert not torch.equal(first, made.head.sample(made.z, Sampler().draw(made, noise, 0)))
+
+
+def test_temperatures_belong_to_the_steps_of_the_schedule() -> None:
+    made = prediction()
+    sampler = Sampler(Filter(temperature=0.5), Guidance(scale=2.0), temperatures=(0.5, 1.0, 2.0, 3.0, 4.0, 5.0))
+    logits = made.head.logits(made.z)
+    guided = logits[1] + 2 * (logits[0] - logits[1])
+    steps = torch.tensor(sampler.temperatures, dtype=torch.float64)[made.index]
+    assert_close(sampler.probs(made), (guided / steps[..., None] / 0.5).softmax(-1))
+    with pytest.raises(ValueError, match="temperatures has 2 entries, this decoding has 6 steps"):
+        Sampler(temperatures=(1.0, 1.0)).probs(made)
+    with pytest.raises(ValueError, match="must be above 0"):
+        Sampler(temperatures=(1.0, 0.0))
+
+
+def test_a_sampler_comes_back_from_plain_values() -> None:
+    values = {"filter": {"top_k": 3}, "guidance": {"schedule": "listed", "values": [1.0, 2.0]}, "greedy": False}
+    assert Sampler.from_values(values) == Sampler(Filter(top_k=3), Guidance(schedule="listed", values=(1.0, 2.0)))
+    more = Sampler.from_values({**values, "temperatures": [1.0, 0.5], "smooth": {"start": 0.3}})
+    assert more.temperatures == (1.0, 0.5) and more.smooth == Smooth(start=0.3)
+
+
+def test_a_smooth_draw_mixes_codes_by_a_gumbel_softmax_of_the_filtered_law() -> None:
+    """The largest weight is the Gumbel-max draw: it falls on each token for its share (20,000 samples, chi-square)."""
+    rows, sampler = 20_000, Sampler(Filter(top_k=4), smooth=Smooth(sharpen=0.0))
+    made = prediction(1, branches=1)
+    law = sampler.probs(made)[0]
+    made.z = made.z.expand(1, rows, 3, 8)
+    made.positions, made.index = (places.expand(rows, -1) for places in (made.positions, made.index))
+    draw = sampler.draw(made, Noise(0, torch.arange(rows)), round=2)
+    made.head.sample(made.z, draw)
+    assert_close(draw.soft.sum(-1), torch.ones(rows, 3, dtype=torch.float64))
+    counts = torch.stack([torch.bincount(draw.soft[:, place].argmax(-1), minlength=11) for place in range(3)])
+    assert (counts[law == 0] == 0).all()
+    chi_square = ((counts - rows * law) ** 2 / (rows * law).clamp_min(1e-9))[law > 0].sum()
+    assert chi_square < 27.88  # the 0.999 quantile at 3 * (4 - 1) degrees of freedom
+
+
+def test_the_smooth_temperature_falls_from_scale_to_scale_to_its_floor() -> None:
+    smooth = Smooth()
+    assert [smooth.temperature(r) for r in (0.0, 0.5, 1.0)] == pytest.approx([0.27, 0.14175, 0.0135])
+    assert Smooth(decay=1.0).temperature(1.0) == 0.005
+    with pytest.raises(ValueError, match=r"floor is 0\.0; both must be above 0"):
+        Smooth(floor=0.0)
