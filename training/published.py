@@ -59,7 +59,7 @@ class Entry:
     condition: str | None = None
     tokenizer: str | None = None
     tokenizer_config: dict[str, Any] = field(default_factory=dict)
-    recipe: dict[str, dict[str, Any]] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
     reported: list[dict[str, Any]]
 
     @property
@@ -126,7 +126,7 @@ class Published:
 
     tokenizer: Tokenizer
     generator: Generator | None
-    recipe: dict[str, dict[str, Any]]
+    recipe: dict[str, Any]
     provenance: dict[str, Any]
 
 
@@ -148,6 +148,11 @@ def load_published(
             raise PublishedError(f"{name} is a tokenizer: pass its file as --weights, not as --tokenizer-weights")
         path = fetch(entry, weights)
         return Published(_load(entry, path, entry.config).to(device), None, {}, _provenance(entry, path))
+    if entry.tokenizer is None:
+        raise PublishedError(
+            f"{name}: the tokenizer that decodes its tokens cannot be loaded yet; its weights can be checked "
+            "(scripts/published.py check) and trained on from (start_from)"
+        )
     coder = find(entry.tokenizer)
     path, coder_path = fetch(entry, weights), fetch(coder, tokenizer_weights, "--tokenizer-weights")
     tokenizer = _load(coder, coder_path, coder.config | entry.tokenizer_config).to(device)
