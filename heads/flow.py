@@ -8,8 +8,7 @@ Letters: R branches of guidance, B samples, L positions of a picture, m position
 token, S sampling steps.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -62,7 +61,7 @@ class Path:
 class FlowHead(Head):
     """z (..., D) -> a law over tokens of C channels, by a small network's velocity.
 
-    hidden, depth, branch: of the network (see heads.mlp). solver, steps, last, shift: see Path. repeats: how many times t
+    hidden, depth: of the network (see heads.mlp). solver, steps, last, shift: see Path. repeats: how many times t
     each token is trained on for one z, drawn by time_law (uniform, logit_normal).
     Raises ValueError for a spec of discrete tokens.
     """
@@ -79,7 +78,6 @@ class FlowHead(Head):
         shift: float = 1.0,
         repeats: int = 4,
         time_law: str = "uniform",
-        branch: Callable[[int], nn.Module] = plain,
     ) -> None:
         super().__init__()
         if spec.channels is None:
@@ -88,7 +86,11 @@ class FlowHead(Head):
             )
         self.channels, self.repeats, self.time_law = spec.channels, repeats, time_law
         self.path = Path(solver, steps, last, shift)
-        self.net = AdaptiveMLP(width, self.channels, self.channels, hidden, depth, branch)
+        self.net = AdaptiveMLP(width, self.channels, self.channels, hidden, depth, self.branch)
+
+    def branch(self, width: int) -> nn.Module:
+        """The part of a block that runs on `width` channels, once modulated."""
+        return plain(width)
 
     def velocity(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
         """x (..., C), t (...) in [0, 1], z (..., D) -> dx/dt (..., C)."""
@@ -165,10 +167,11 @@ class RectifiedFlowHead(FlowHead):
         repeats: int = 4,
         time_law: str = "uniform",
     ) -> None:
-        branch = partial(gated, expansion=expansion)
-        super().__init__(
-            width, spec, hidden, depth, "euler", steps, shift=shift, repeats=repeats, time_law=time_law, branch=branch
-        )
+        self.expansion = expansion
+        super().__init__(width, spec, hidden, depth, "euler", steps, shift=shift, repeats=repeats, time_law=time_law)
+
+    def branch(self, width: int) -> nn.Module:
+        return gated(width, self.expansion)
 
 
 class FieldHead(Head):

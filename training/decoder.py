@@ -102,6 +102,8 @@ def open_decoder(parser: ArgumentParser, arguments: Sequence[str] | None, device
             if name.rpartition(".")[2] == "decoder":  # an encoder would give other ids
                 pack_convolutions(part)
     if options.compile:
+        if not hasattr(generator, "trunk"):
+            parser.error(f"--compile: the shapes of {type(generator).__name__} change every round, leave it out")
         generator.trunk.compile(dynamic=False)
     settings = {"source": source, "sampler": _plain(options.sampler), "seed": options.seed, "dtype": options.dtype}
     return Decoder(generator, tokenizer, sampler, options.seed, device, settings)
