@@ -8,7 +8,7 @@ Letters: R branches of guidance, B samples, L positions of a picture, m position
 token, S sampling steps.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
