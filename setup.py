@@ -9,6 +9,7 @@ ROOMS = [
     "heads",
     "generators",
     "sampling",
+    "sampling.speculative",
     "eval",
     "eval.protocols",
     "data",

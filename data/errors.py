@@ -12,6 +12,10 @@ class CorruptImage(DataError):
     """One picture that cannot be decoded."""
 
 
+class CorruptVideo(DataError):
+    """One video that cannot be decoded, or holds less than it says."""
+
+
 def check_name(name: str, known: Iterable[str], what: str) -> None:
     """Raises DataError with the nearest valid names when `name` is not one of `known`."""
     known = list(known)

@@ -19,7 +19,7 @@ ORDER, CLASS_ORDER, ORDER_IN_CLASS, DRAWS = range(4)  # independent streams of r
 
 
 class Samples(Protocol):
-    """What is loaded: pictures, or cached tokens."""
+    """What is loaded: pictures, clips, or cached tokens."""
 
     labels: np.ndarray  # int64 (N,)
 

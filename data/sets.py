@@ -1,7 +1,8 @@
-"""Data sets by name: pictures with labels, cropped to one size.
+"""Data sets by name: pictures or clips with labels, cropped to one size.
 
 open_set("digits", split="train")
 open_set("folder", split="val", root="/data/birds", size=256, classes=recorded_with_the_checkpoint)
+open_set("ucf101", split="train", root="/data/UCF-101", size=128, frames=16, flip=True)
 """
 
 import logging
@@ -18,15 +19,24 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from data.builtin import open_digits, open_emoji
+from data.clip_set import ClipSet
 from data.crops import TRANSFORMS, mirrored
 from data.errors import CorruptImage, DataError, check_name
 from data.loader import sample_rng
+from data.moving_digits import open_moving_digit, open_moving_digits
 from data.readers import open_cifar10, open_folder, open_imagenet, open_parquet, open_tar, open_wds
+from data.skipping import Skips
 from data.source import Source
+from data.videos import open_kinetics600, open_ucf101, open_videos
 
 log = logging.getLogger(__name__)
 
-BUILT_IN: dict[str, Callable[[str], Source]] = {"digits": open_digits, "emoji32": open_emoji}
+BUILT_IN: dict[str, Callable[[str], Source]] = {
+    "digits": open_digits,
+    "emoji32": open_emoji,
+    "moving_digits": open_moving_digits,
+    "moving_digit": open_moving_digit,
+}
 ON_DISK: dict[str, Callable[[str, str], Source]] = {
     "folder": open_folder,
     "tar": open_tar,
@@ -34,7 +44,11 @@ ON_DISK: dict[str, Callable[[str, str], Source]] = {
     "parquet": open_parquet,
     "cifar10": open_cifar10,
     "imagenet": open_imagenet,
+    "videos": open_videos,
+    "ucf101": open_ucf101,
+    "kinetics600": open_kinetics600,
 }
+OF_VIDEOS = ("moving_digits", "moving_digit", "videos", "ucf101", "kinetics600")
 UNREADABLE = (  # what PIL and the file system raise for damaged pictures
     OSError,
     SyntaxError,
@@ -59,20 +73,32 @@ def open_set(
     classes: Sequence[str] | None = None,
     on_corrupt: Literal["skip", "error"] = "skip",
     max_corrupt: int = 10,
-) -> "PictureSet":
+    frames: int | None = None,
+    window: str | None = None,
+    stride: int | None = None,
+    short: Literal["repeat", "drop"] | None = None,
+) -> "PictureSet | ClipSet":
     """Open a data set and log its name, count and licence.
 
     Args:
-        name: digits or emoji32 (built in); folder, tar, wds, parquet, cifar10 or imagenet (read below `root`)
+        name: of pictures: digits or emoji32 (built in); folder, tar, wds, parquet, cifar10 or imagenet (read below `root`).
+            Of videos: moving_digits, moving_digit (built in); videos, ucf101 or kinetics600 (below `root`)
         split: train, val, or all (the place undivided)
-        root: folder that holds the pictures; not for built-in sets
+        root: folder that holds the files; not for built-in sets
         size: side of the square crops, in pixels
-        transform: center, random, var_center, var_random; center_flip (2 crops a picture) or ten (10 crops)
+        transform: center, random, var_center, var_random; center_flip (2 crops a picture) or ten (10 crops). Of videos:
+            center, random, center_flip
         flip: mirror half of the training samples, but not those of classes that change their meaning when mirrored
         crop_range: ten crops are cut from a centre crop of size * crop_range
         classes: the class order to keep, as recorded with a checkpoint; default: the set's own, ordered as text
         on_corrupt: what training does with an unreadable picture: skip it (named, counted) or stop
         max_corrupt: so many unreadable pictures are skipped, one more is an error
+        frames: of a clip; only for videos, as all that follows; default: 16
+        window: which frames of a video: random (default), random_stride (1 to `stride`), uniform, center, first; or
+            consecutive: all clips that lie end to end, each a sample
+        stride: every so many frames; default: 1
+        short: of a video with too few frames the last one is repeated (default), or it is dropped, which needs all
+            frames to be counted once
     Raises DataError for an unknown name, a place that is missing or empty, and classes that `classes` lacks.
     """
     check_name(name, [*BUILT_IN, *ON_DISK], "data set")
@@ -83,17 +109,26 @@ def open_set(
             )
         source = BUILT_IN[name](split)
     elif root is None:
-        raise DataError(f"{name}: give root=, the folder that holds the pictures")
+        raise DataError(f"{name}: give root=, the folder that holds the files")
     else:
         source = ON_DISK[name](root, split)
     if classes is not None:
         source = _with_classes(source, list(classes))
-    pictures = PictureSet(source, size, transform, flip, crop_range, on_corrupt, max_corrupt)
+    cut = {"frames": frames, "window": window, "stride": stride, "short": short}
+    cut = {option: value for option, value in cut.items() if value is not None}
+    if name in OF_VIDEOS:
+        loading = {"size": size, "transform": transform, "flip": flip}
+        pictures = ClipSet(source, **cut, **loading, on_corrupt=on_corrupt, max_corrupt=max_corrupt)
+    elif cut:
+        raise DataError(f"{name}: holds pictures; drop {', '.join(cut)}, or take one of {', '.join(OF_VIDEOS)}")
+    else:
+        pictures = PictureSet(source, size, transform, flip, crop_range, on_corrupt, max_corrupt)
     log.info(
-        "data set %s (%s): %d pictures of %d classes from %s, licence: %s",
+        "data set %s (%s): %d %s of %d classes from %s, licence: %s",
         name,
         split,
         len(pictures),
+        "clips" if name in OF_VIDEOS else "pictures",
         len(pictures.classes),
         source.path,
         source.licence,
@@ -131,7 +166,6 @@ class PictureSet(Dataset[dict[str, Any]]):
         max_corrupt: int = 10,
     ) -> None:
         check_name(transform, TRANSFORMS, "transform")
-        check_name(on_corrupt, ("skip", "error"), "on_corrupt")
         if flip and source.chiral.issuperset(source.classes):
             raise DataError(f"{source.name}: every class changes its meaning when mirrored; drop flip=True")
         self.source = source
@@ -140,11 +174,9 @@ class PictureSet(Dataset[dict[str, Any]]):
         self.crops = TRANSFORMS[transform][0]
         self.flip = flip
         self.crop_range = crop_range
-        self.on_corrupt = on_corrupt
-        self.max_corrupt = max_corrupt
         self.classes = source.classes
         self.labels = source.labels
-        self._corrupt = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # (N,) one table for all workers
+        self.skips = Skips(source.name, "picture", len(self), on_corrupt, max_corrupt)
 
     def __len__(self) -> int:
         return len(self.source.labels)
@@ -159,17 +191,8 @@ class PictureSet(Dataset[dict[str, Any]]):
         label and index; every other sample stays what it was. Raises DataError listing the files when they are more
         than `max_corrupt` (counted in each process of a distributed run by itself).
         """
-        if self.on_corrupt == "error":
-            return self._sample(index, self._read(index), rng, self.flip)
-        for place in ((index + step) % len(self) for step in range(len(self))):
-            if not self._corrupt[place]:
-                try:
-                    image = self._read(place)
-                except CorruptImage as error:
-                    self._count(place, error)
-                else:
-                    return self._sample(place, image, rng, self.flip)
-        raise DataError(f"{self.source.name}: not one picture of {self.source.path} can be read")
+        place, image = self.skips.read(index, self._read, self.filename)
+        return self._sample(place, image, rng, self.flip)
 
     def filename(self, index: int) -> str:
         """The file of a sample, or its place inside one."""
@@ -178,7 +201,7 @@ class PictureSet(Dataset[dict[str, Any]]):
     @property
     def corrupt(self) -> list[str]:
         """The unreadable pictures met so far in training, by all workers."""
-        return [self.filename(index) for index in self._corrupt.nonzero().flatten().tolist()]
+        return [self.filename(index) for index in self.skips.numbers]
 
     def describe(self) -> dict[str, Any]:
         """Plain values that say what this set is, to be kept with whatever is made from it."""
@@ -204,16 +227,6 @@ class PictureSet(Dataset[dict[str, Any]]):
             raise CorruptImage(
                 f"{self.source.name}: picture {index}, {self.filename(index)}, cannot be read ({error}); "
                 "replace it, or take it out of the set"
-            ) from error
-
-    def _count(self, index: int, error: CorruptImage) -> None:
-        self._corrupt[index] = True
-        count = int(self._corrupt.sum())
-        log.warning("%s; skipped, %d of at most %d", error, count, self.max_corrupt)
-        if count > self.max_corrupt:
-            raise DataError(
-                f"{self.source.name}: {count} pictures cannot be read, max_corrupt is {self.max_corrupt}; "
-                "replace them, or allow more:\n  " + "\n  ".join(self.corrupt)
             ) from error
 
     def _sample(self, index: int, image: Image.Image, rng: np.random.Generator, mirror: bool) -> dict[str, Any]:

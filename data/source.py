@@ -1,7 +1,7 @@
-"""What a reader finds: the pictures of one split, as they are stored."""
+"""What a reader finds: the pictures or videos of one split, as they are stored."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,9 +25,19 @@ class Pictures(Protocol):
     def __getitem__(self, index: int) -> Image.Image: ...
 
 
+class Videos(Protocol):
+    """Videos by number, frames decoded when asked; may be sent to another process."""
+
+    def counts(self) -> np.ndarray:
+        """Frames of every video, int64 (N,); 0 for a broken one."""
+
+    def read(self, index: int, choose: Callable[[int], np.ndarray]) -> np.ndarray:
+        """uint8 (T, H, W, 3): of a video the frames that `choose` names, ascending, given how many there are."""
+
+
 @dataclass(frozen=True)
 class Source:
-    """N pictures of one split.
+    """N pictures, or N videos, of one split.
 
     path: the file or folder they come from. labels int64 (N,): places in `classes`. names: N names below `path`.
     sha256: of the content where it is one small file, else None. chiral: the classes whose pictures mean something
@@ -41,13 +51,13 @@ class Source:
     classes: list[str]
     labels: np.ndarray
     names: Sequence[str]
-    pictures: Pictures
+    pictures: Pictures | Videos
     sha256: str | None = None
     chiral: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if not len(self.labels):
-            raise DataError(f"{self.name}: {self.path} holds no pictures for the split {self.split!r}")
+            raise DataError(f"{self.name}: {self.path} holds no pictures or videos for the split {self.split!r}")
         if not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
             raise DataError(
                 f"{self.name}: {self.path} has labels {self.labels.min()} .. {self.labels.max()} "
@@ -75,7 +85,7 @@ def existing(root: str | Path, name: str) -> Path:
     """`root` as a path. Raises DataError where nothing is there."""
     root = Path(root)
     if not root.exists():
-        raise DataError(f"{name}: {root.absolute()} does not exist; give root=, the place that holds the pictures")
+        raise DataError(f"{name}: {root.absolute()} does not exist; give root=, the place that holds the files")
     return root
 
 

@@ -1,10 +1,11 @@
-"""Token caches: what a tokenizer makes of every picture of a set, made once, read by number.
+"""Token caches: what a tokenizer makes of every picture or clip of a set, made once, read by number.
 
 A cache is a folder: what is stored of N pictures in the order of their set, A crops of each, in one of two kinds,
 
     codes.npy (N, A, T)            the ids of T discrete tokens a crop, uint16, or uint32 for more than 65,536 codes
     moments.npy (N, A, 2Z, h, w)   the Gaussian that a continuous token is drawn from, float16 or float32: the mean of
-                                   the latent's Z channels, then the logarithm of their variance, before any scaling
+                                   the latent's Z channels, then the logarithm of their variance, before any scaling;
+                                   of clips (N, A, 2Z, t, h, w)
 
 beside labels.npy int32 (N,); done.npy uint8 (N,), which rows are written; header.json, which tokenizer made them of which
 pictures. The arrays are memory-mapped: nothing is held in memory.
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from data.clip_set import ClipSet
 from data.errors import DataError
 from data.loader import evaluation_batches, sample_rng
 from data.sets import PictureSet
@@ -96,9 +98,12 @@ class CacheHeader:
 
 
 def picture_header(
-    pictures: PictureSet, tokenizer: TokenizerFacts, shape: int | Sequence[int], precision: Precision = "float16"
+    pictures: PictureSet | ClipSet,
+    tokenizer: TokenizerFacts,
+    shape: int | Sequence[int],
+    precision: Precision = "float16",
 ) -> CacheHeader:
-    """The header of a cache of a whole picture set. shape: of one crop, as in CacheHeader; a number T is (T,)."""
+    """The header of a cache of a whole set of pictures or clips. shape: of one crop, as in CacheHeader; a number T is (T,)."""
     facts = pictures.describe()
     named = {key: facts.pop(key) for key in ("count", "transform", "crop_range", "classes", "files_sha256")}
     shape = (shape,) if isinstance(shape, int) else shape
@@ -212,7 +217,7 @@ class CacheWriter:
 
 def fill_cache(
     writer: CacheWriter,
-    pictures: PictureSet,
+    pictures: PictureSet | ClipSet,
     encode: Callable[[Tensor], Tensor],
     batch_size: int,
     rank: int = 0,
@@ -221,13 +226,14 @@ def fill_cache(
 ) -> Iterator[int]:
     """Encode the pending rows of this process, saying after each batch how many were written.
 
-    encode: images float (n, 3, S, S) -> ids int (n, T), or moments (n, 2Z, h, w); it sees batch_size * A crops at once.
-    Raises CorruptImage for a picture that cannot be read: a cache has no holes.
+    encode: images float (n, 3, S, S), or clips (n, 3, T, S, S) -> ids int (n, T), or moments (n, 2Z, h, w); it sees
+    batch_size * A crops at once.
+    Raises CorruptImage or CorruptVideo for what cannot be read: a cache has no holes.
     """
     mine = Subset(pictures, writer.pending(rank, world))
     for batch in evaluation_batches(mine, batch_size, workers=workers):
         rows = batch["index"].numpy()
-        images = batch["image"].reshape(-1, *batch["image"].shape[-3:])  # (n A, 3, S, S)
+        images = batch["image"].flatten(0, 1) if pictures.crops > 1 else batch["image"]  # (n A, 3, S, S)
         made = encode(images).cpu().numpy()
         writer.write(rows, made.reshape(len(rows), pictures.crops, *made.shape[1:]), batch["label"].numpy())
         yield len(rows)
@@ -235,7 +241,7 @@ def fill_cache(
 
 class TokenCache(Dataset[dict[str, Any]]):
     """N samples {"tokens": int64 (T,), "label": int64 (), "index": int} of a complete cache of codes; one of moments has
-    "latent": float32 (Z, h, w) instead of tokens, to be scaled by the tokenizer.
+    "latent": float32 (Z, h, w), of clips (Z, t, h, w), instead of tokens, to be scaled by the tokenizer.
 
     `sample` draws one of the A crops, and the latent from its Gaussian; cache[i] is the same at every call.
     tokenizer_sha256: of the weights in use, which must be those that made the cache.

@@ -28,7 +28,7 @@ from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from generators.protocol import Generator, Prediction, State
+from generators.protocol import Generator, Prediction, State, one_state
 from heads.categorical import Categorical
 from heads.protocol import Head
 from layers.condition import LabelEmbedding, check_labels
@@ -216,7 +216,7 @@ class Masked(Generator):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.position, std=0.02)
-        self.head = head(dim, spec)
+        self.head = one_state(self, head(dim, spec))
         if label_smoothing and not hasattr(self.head, "logits"):
             raise ValueError(f"{type(self.head).__name__} has no logits to smooth; set label_smoothing to 0")
 

@@ -31,7 +31,7 @@ from timm.layers import DropPath, GELUTanh, Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from generators.protocol import Generator, Prediction, State
+from generators.protocol import Generator, Prediction, State, one_state
 from heads.categorical import Categorical
 from heads.protocol import Head
 from layers.adaln import Modulation, SharedModulation, modulate
@@ -260,7 +260,7 @@ class NextScale(Generator):
         scale_of = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.ends).diff())
         self.register_buffer("scale_of", scale_of, persistent=False)  # (L,)
         self.reader = reader.requires_grad_(False)
-        self.head = head(dim, spec)
+        self.head = one_state(self, head(dim, spec))
         self._initialise(gate_init)
 
     @torch.no_grad()

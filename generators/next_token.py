@@ -3,6 +3,8 @@
 Source: "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation" (Sun et al. 2024, arXiv:2406.06525).
 A Llama decoder (RMSNorm, SwiGLU, no biases, 2-D rotary) reads [condition][tokens]; a class is one condition token, a
 caption up to 120. The rotary table is zero at the condition slots (cos = sin = 0): what follows sees them with logit 0.
+LARP (Wang et al. 2024, arXiv:2410.21264, sec. 3.4): the same on the tokens of clips, with an absolute table instead; it
+continues a clip whose tokens, and a separator after them, are the condition.
 
 Letters: R branches of guidance, B samples, b rows (R * B), T condition slots, L tokens, l new positions, D width.
 
@@ -13,7 +15,7 @@ Decoding keeps, in the state, a static cache of T + L slots a layer. Slot T - 1 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -21,15 +23,18 @@ from einops import rearrange, repeat
 from timm.layers import DropPath, GluMlp
 from torch import Tensor, nn
 
-from generators.protocol import Generator, Prediction, State
+from generators.protocol import Generator, Prediction, State, one_state
 from heads.categorical import Categorical
 from heads.protocol import Head
 from layers.attention import Attention, KVCache, causal_mask
 from layers.condition import LabelEmbedding, TextEmbedding, check_labels
-from layers.keymap import Join, translate
+from layers.keymap import Join, Target, translate
 from layers.noise import Noise
+from layers.record import look_up
 from layers.rotary import layout_places, rotary_table, with_zero_slots
+from layers.sincos import sincos
 from layers.spec import Condition, Grid, Pyramid, TokenSpec, stack
+from layers.spec import Sequence as Line
 
 SPAN = 64  # attention reads the cache in multiples of this many slots: few shapes to compile, little waste
 
@@ -63,7 +68,7 @@ class Trunk(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: Tensor,
+        rotary: Tensor | None,
         mask: Tensor | None = None,
         causal: bool = False,
         caches: Sequence[KVCache] | None = None,
@@ -74,6 +79,28 @@ class Trunk(nn.Module):
             cache = None if caches is None else caches[i]
             x = block(x, rotary=rotary, mask=mask, causal=causal, cache=cache, slots=slots, span=span)
         return self.norm(x)
+
+
+class GivenClip(nn.Module):
+    """clip int64 (b, tokens), in the generator's own vocabulary -> ids int64 (b, tokens + 1), a separator at the end.
+
+    Raises ValueError for a condition without such a clip, and for `keep`: no clip stands for none.
+    """
+
+    def __init__(self, tokens: int, separator: int) -> None:
+        super().__init__()
+        self.slots, self.separator = tokens + 1, separator
+
+    def forward(self, condition: Condition) -> Tensor:
+        clip = condition.clip
+        if clip is None or clip.shape[1] != self.slots - 1:
+            found = "no clip" if clip is None else f"{clip.shape[1]} tokens"
+            raise ValueError(
+                f"this generator continues a clip of {self.slots - 1} tokens: the condition has {found} (clip)"
+            )
+        if condition.keep is not None:
+            raise ValueError("this generator continues clips and has no null condition: sample without guidance")
+        return torch.cat((clip, torch.full_like(clip[:, :1], self.separator)), dim=1)
 
 
 @dataclass
@@ -91,10 +118,14 @@ class NextTokenState(State):
 class NextToken(Generator):
     """Causal transformer over the tokens of `spec`, in layout order.
 
-    num_classes or text_dim (with text_slots) says what it is conditioned by. mlp_hidden None: 8/3 dim, rounded up to 256.
-    dropout falls on both residual branches, token_dropout on the embedded sequence, condition_drop is the share of
-    conditions replaced by the null one in `loss`, in training mode. Raises ValueError for a spec it cannot serve.
+    num_classes, text_dim (with text_slots) or clip_tokens, the number of tokens of a given clip, says what it is
+    conditioned by. positions: rotary over the axes of the layout, or an absolute table, learned or of fixed sines, one row
+    a slot, added to the embedded sequence. mlp_hidden None: 8/3 dim, rounded up to 256. dropout falls on both residual
+    branches, token_dropout on the embedded sequence, condition_drop is the share of conditions replaced by the null one in
+    `loss`, in training mode; a clip has none. Raises ValueError for a spec it cannot serve.
     """
+
+    undecayed = ("position",)
 
     def __init__(
         self,
@@ -105,7 +136,9 @@ class NextToken(Generator):
         num_classes: int | None = None,
         text_dim: int | None = None,
         text_slots: int = 120,
+        clip_tokens: int | None = None,
         head: Callable[[int, TokenSpec], Head] = Categorical,
+        positions: Literal["rotary", "learned", "sincos"] = "rotary",
         kv_heads: int | None = None,
         mlp_hidden: int | None = None,
         theta: float = 10_000.0,
@@ -116,18 +149,23 @@ class NextToken(Generator):
         condition_drop: float = 0.1,
     ) -> None:
         super().__init__()
-        if (num_classes is None) == (text_dim is None):
-            raise ValueError(f"NextToken: give num_classes or text_dim: got {num_classes} and {text_dim}")
+        given = {"num_classes": num_classes, "text_dim": text_dim, "clip_tokens": clip_tokens}
+        if sum(value is not None for value in given.values()) != 1:
+            raise ValueError(f"NextToken: give num_classes or text_dim or clip_tokens, one of them: got {given}")
         if spec.vocab_size is None:
             raise ValueError(f"NextToken predicts discrete tokens, the tokenizer makes continuous ones: {spec}")
         if isinstance(spec.layout, Pyramid):
             raise ValueError(f"NextToken needs a Grid or a Sequence, the tokenizer makes a Pyramid: {spec}")
+        if positions not in ("rotary", "learned", "sincos"):
+            raise ValueError(f"NextToken: positions is {positions!r}, must be rotary, learned or sincos")
         self.spec, self.condition_drop = spec, condition_drop
         if num_classes is not None:
             self.condition = LabelEmbedding(num_classes, dim)
-        else:
+        elif text_dim is not None:
             self.condition = TextEmbedding(text_dim, text_slots, dim)
-        self.embed = nn.Embedding(spec.vocab_size, dim)
+        else:
+            self.condition, self.condition_drop = GivenClip(clip_tokens, spec.vocab_size), 0.0
+        self.embed = nn.Embedding(spec.vocab_size + (clip_tokens is not None), dim)  # the last row is the separator
         self.token_drop = nn.Dropout(token_dropout)
         hidden = mlp_hidden or round_up(8 * dim // 3, 256)
         rates = torch.linspace(0, drop_path, depth).tolist()
@@ -135,26 +173,37 @@ class NextToken(Generator):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        self.head = head(dim, spec)
-        table = rotary_table(layout_places(spec.layout), dim // heads, theta)
-        self.register_buffer("rotary", with_zero_slots(table, self.condition.slots)[None], persistent=False)
+        self.head = one_state(self, head(dim, spec))
+        rotary, slots = None, self.condition.slots + spec.length - 1  # the last token is never fed
+        if positions == "rotary":
+            table = rotary_table(layout_places(spec.layout), dim // heads, theta)
+            rotary = with_zero_slots(table, self.condition.slots)[None]
+        self.register_buffer("rotary", rotary, persistent=False)  # (1, T + L, d/2, 2)
+        if positions == "learned":
+            self.position = nn.Parameter(torch.randn(slots, dim) * 0.02)
+        else:
+            self.register_buffer("position", sincos(torch.arange(slots), dim) if positions == "sincos" else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NextToken":
         """Moves and casts the module, but leaves the rotary table in float32: half precision would round its angles."""
         table = self.rotary
         super()._apply(fn, recurse)
-        self.rotary = table.to(self.rotary.device)
+        if table is not None:
+            self.rotary = table.to(self.rotary.device)
         return self
 
     # ---- teacher forcing
 
     def hidden(self, tokens: Tensor, condition: Condition) -> Tensor:
         """tokens (B, L) -> (B, L, D): row i has seen the condition and the tokens before i."""
-        prefix = self.condition(condition)
+        prefix = self._prefix(condition)
         x = self.token_drop(torch.cat((prefix, self.embed(tokens[:, :-1])), dim=1))
+        if self.position is not None:
+            x = x + self.position[: x.shape[1]]
+        rotary = None if self.rotary is None else self.rotary[:, : x.shape[1]]
         readable = self._readable(condition, x.shape[1])
         mask = None if readable is None else self._mask(torch.arange(x.shape[1], device=x.device)[None], readable)
-        x = self.trunk(x, self.rotary[:, : x.shape[1]], mask=mask, causal=mask is None)
+        x = self.trunk(x, rotary, mask=mask, causal=mask is None)
         return x[:, self.condition.slots - 1 :]
 
     def logits(self, tokens: Tensor, condition: Condition) -> Tensor:
@@ -190,7 +239,7 @@ class NextToken(Generator):
         if isinstance(self.condition, LabelEmbedding) and branches[0].label is not None:
             check_labels(branches[0].label, self.condition.num_classes)
         joined = stack(list(branches))
-        prefix = self.condition(joined)
+        prefix = self._prefix(joined)
         slots = self.condition.slots + length
         first = self.trunk.blocks[0].attention
         return NextTokenState(
@@ -227,9 +276,12 @@ class NextToken(Generator):
             x = torch.cat((state.prefix, x[:, 1:]), dim=1)
             slots = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         slots = slots.clamp_max(condition_slots + total - 1)  # a finished row idles in the last slot
+        if self.position is not None:
+            x = x + self.position[slots.clamp_max(len(self.position) - 1)]
+        rotary = None if self.rotary is None else self.rotary[0][slots]
         span = min(round_up(condition_slots + state.reach + draft.shape[1], SPAN), condition_slots + total)
         mask = self._mask(slots, state.readable, span)
-        z = self.trunk(x, self.rotary[0][slots], mask=mask, caches=state.caches, slots=slots, span=span)
+        z = self.trunk(x, rotary, mask=mask, caches=state.caches, slots=slots, span=span)
         z = rearrange(z[:, -len(offset) :], "(R B) l d -> R B l d", R=branches)
         state.nfe += 1
         positions = (state.length[:, None] + offset).clamp_max(total - 1)
@@ -251,6 +303,12 @@ class NextToken(Generator):
         state.length = torch.minimum(state.length, length)
         state.known = torch.arange(self.spec.length, device=length.device) < state.length[:, None]
         state.tokens = torch.where(state.known, state.tokens, 0)
+
+    def _prefix(self, condition: Condition) -> Tensor:
+        """(b, T, D): the embedded condition."""
+        if isinstance(self.condition, GivenClip):
+            return self.embed(self.condition(condition))
+        return self.condition(condition)
 
     def _readable(self, condition: Condition, slots: int) -> Tensor | None:
         if condition.text_mask is None:
@@ -332,5 +390,75 @@ def llamagen_from_published(state: Mapping[str, Tensor], config: Mapping[str, An
         return null[:slots]
 
     keys = {**LLAMAGEN_KEYS, "cls_embedding.uncond_embedding": ("condition.null", first_rows)}
+    model.load_state_dict(translate(state, keys, model.state_dict()), assign=True)
+    return model.float().eval()
+
+
+LARP_CONFIG: dict[str, Any] = {  # the original constructor's arguments, and the values they have when left out
+    "dim": 4096,
+    "n_layer": 32,
+    "n_head": 32,
+    "n_kv_head": None,
+    "multiple_of": 256,
+    "ffn_dim_multiplier": None,
+    "norm_eps": 1e-5,
+    "token_dropout_p": 0.1,
+    "resid_dropout_p": 0.1,
+    "drop_path_rate": 0.0,
+    "num_classes": 101,
+    "class_dropout_prob": 0.1,
+    "model_type": "class_cond",
+    "vocab_size": 8192,
+    "cls_token_num": 1,
+    "max_seq_len": 1024,
+    "use_fixed_pe": False,
+    "frame_prediction": False,
+    "frame_num": 16,  # of the tokenizer: frames and pixels of a clip
+    "input_size": 128,
+    # not read: one dropout falls on both branches and none on attention; weights come from the file; caches have their
+    # size; there are no rotary positions
+    "ffn_dropout_p": 0.1,
+    "attn_dropout_p": 0.0,
+    "initializer_range": 0.02,
+    "max_batch_size": 32,
+    "rope_base": 10_000,
+}
+
+
+def larp_ar_from_published(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> NextToken:
+    """LARP's generator of clips from a class, or from the tokens of their first frames (frame_prediction).
+
+    In eval mode and float32. Raises UnknownName for an argument it does not have, ValueError for condition slots that fit
+    no condition, CheckpointMismatch listing all keys that do not fit.
+    """
+    for name in config:
+        look_up(name, LARP_CONFIG, "LARP: argument")
+    config = {**LARP_CONFIG, **config}
+    slots, continues = config["cls_token_num"], config["frame_prediction"]
+    if not continues and (config["model_type"] != "class_cond" or slots != 1):
+        raise ValueError(
+            f"LARP: model_type is {config['model_type']!r} with cls_token_num={slots}, must be 'class_cond' with 1"
+        )
+    pixels = (config["frame_num"], config["input_size"], config["input_size"])
+
+    def with_null(table: Tensor) -> Tensor:  # a model that never drops its condition has no row for the null class
+        return table if config["class_dropout_prob"] else torch.cat((table, torch.zeros_like(table[:1])))
+
+    def flat(table: Tensor) -> Tensor:  # (1, T + L - 1, D)
+        return table.squeeze(0)
+
+    with init_empty_weights(include_buffers=False):  # no memory and no time for weights that are replaced at once
+        model = NextToken(
+            TokenSpec(Line(config["max_seq_len"]), decoded=pixels, vocab_size=config["vocab_size"]),
+            num_classes=None if continues else config["num_classes"],
+            clip_tokens=slots - 1 if continues else None,
+            positions="sincos" if config["use_fixed_pe"] else "learned",
+            **llama_arguments(config),
+        )
+    keys: dict[str, Target] = {key: ours for key, ours in LLAMAGEN_KEYS.items() if key != "freqs_cis"}
+    keys |= {
+        "abs_pe": ("position", flat),
+        "cls_embedding.embedding_table.weight": ("condition.table.weight", with_null),
+    }
     model.load_state_dict(translate(state, keys, model.state_dict()), assign=True)
     return model.float().eval()

@@ -87,3 +87,12 @@ class Generator(nn.Module, ABC):
     @abstractmethod
     def commit(self, state: State, positions: Tensor, tokens: Tensor, keep: Tensor | None = None) -> None:
         """positions, tokens, keep (B, m): tokens enter where keep is True (everywhere when None)."""
+
+
+def one_state(generator: Generator, head: Head) -> Head:
+    """`head`, for an order that has one hidden state a position. Raises ValueError for one that reads more."""
+    if head.states != 1:
+        raise ValueError(
+            f"{type(generator).__name__} has one state a position, {type(head).__name__} reads {head.states}: one an axis"
+        )
+    return head

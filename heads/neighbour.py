@@ -31,7 +31,7 @@ class Neighbour(Categorical):
         if not needed <= axes <= 3:
             raise ValueError(f"Neighbour: axes is {axes}, must be {needed} to 3 for tokens on {spec.layout}")
         super().__init__(axes * width, spec)
-        self.axes = axes
+        self.axes = self.states = axes
 
     def logits(self, z: Tensor) -> Tensor:
         """z (..., A, D) -> (..., V), float32 at least."""

@@ -41,7 +41,12 @@ class Trajectory:
 
 
 class Head(nn.Module, ABC):
-    """From a hidden state to a token. Constructors take (width, spec) first: the generator calls them so."""
+    """From a hidden state to a token. Constructors take (width, spec) first: the generator calls them so.
+
+    states: how many hidden states it reads of a position; more than one come as z (..., states, D).
+    """
+
+    states: int = 1
 
     @abstractmethod
     def loss(self, z: Tensor, target: Tensor, **given: Any) -> Tensor:

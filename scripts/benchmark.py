@@ -1,8 +1,9 @@
-"""Measure our half of docs/benchmarks.md: decoding and tokenizing speed at published sizes, with random weights, and the
-evaluation beside torch-fidelity.
+"""Measure our half of docs/benchmarks.md: decoding and tokenizing speed at published sizes, with random weights, the
+memory of training VAR and MVAR, and the evaluation beside torch-fidelity.
 
     python scripts/benchmark.py sampling --size b --batch_size 4 --scale 4 --top_k 2000 --threads 2
     python scripts/benchmark.py tokenizer --channels 128 --image_size 256
+    python scripts/benchmark.py memory --dim 1024 --depth 4 --batch_size 8
     python scripts/benchmark.py evaluation --weights pt_inception-2015-12-05-6726825d.pth --count 64 --threads 2
 
 Seconds of the wall clock and of processor time, the median of --repeats after a warm-up; and the conditions, as JSON.
@@ -10,11 +11,14 @@ Seconds of the wall clock and of processor time, the median of --repeats after a
 
 import json
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from math import inf
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,6 +32,7 @@ from torch_fidelity.datasets import ImagesPathDataset
 from torch_fidelity.metric_fid import fid_features_to_statistics
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
+from eval.activations import SavedActivations
 from eval.efficiency import compare, time_runs
 from eval.gather import Moments
 from eval.inception import LAYER, inception_network
@@ -35,18 +40,22 @@ from eval.look import Want, look
 from eval.pictures import PictureSet, from_tensor, read_pictures
 from eval.provenance import Origin
 from eval.weights import find_weights
+from generators.next_scale import NextScale
 from generators.next_token import NextToken
 from layers.noise import Noise
 from layers.packed import pack_linears
-from layers.spec import Condition, Grid, TokenSpec
+from layers.pyramid import ScaleReader
+from layers.spec import Condition, Grid, Pyramid, TokenSpec
 from sampling.decode import generate
 from sampling.filters import Filter
 from sampling.guidance import Guidance
 from sampling.sampler import Sampler
 from tokenizers_vis.quantizers import VectorQuantizer
 from tokenizers_vis.vq import VQTokenizer
+from training.loop import TrainOptions, adamw
 from training.options import underscored
 
+SCALES = tuple((side, side) for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))  # of VAR at 256 x 256
 SIZES = {"b": (12, 768, 12), "l": (24, 1024, 16), "xl": (36, 1280, 20), "xxl": (48, 1536, 24), "3b": (24, 3200, 32)}
 
 
@@ -143,6 +152,41 @@ def tokenizer(
     )
 
 
+def memory(dim: int = 1024, depth: int = 4, batch_size: int = 8, threads: int = 1) -> None:
+    """Memory of training VAR and MVAR of one size, 680 tokens of 4096 codes: two steps of every stage, each order in
+    a process of its own. The peak is the process's, less what it held before there was a model."""
+    figures = {"what": f"training memory, {depth} blocks of width {dim}", "batch_size": batch_size}
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        for order in ("var", "mvar"):
+            found = pool.submit(training_memory, order, dim, depth, batch_size, threads).result()
+            figures |= {f"{order}, {name}": value for name, value in found.items()}
+    for name in ("activation_bytes", "peak_bytes"):
+        figures[f"{name}, ratio"] = figures[f"mvar, {name}"] / figures[f"var, {name}"]
+    report(figures, threads, "cpu")
+
+
+def training_memory(order: str, dim: int, depth: int, batch_size: int, threads: int) -> dict[str, int]:
+    torch.set_num_threads(threads)
+    before = psutil.Process().memory_info().rss
+    spec = TokenSpec(Pyramid(SCALES), (1, 256, 256), vocab_size=4096)
+    how = {"attention": "scale", "window": 7, "windowed_from": 8, "coarse_steps": 8} if order == "mvar" else {}
+    model = NextScale(spec, ScaleReader(SCALES, 4096, 32), dim, depth, dim // 64, num_classes=1000, **how).train()
+    optimizer = adamw(model, TrainOptions(), model.undecayed)
+    tokens, condition = torch.randint(4096, (batch_size, spec.length)), Condition(label=torch.arange(batch_size))
+    stages = {str(given): given for given in (model.curriculum(step, 100) for step in range(100))}
+    most = 0
+    for given in 2 * [*stages.values()]:  # the optimiser's moments are there from the second step on
+        with SavedActivations(model) as saved:
+            loss, _ = model.loss(tokens, condition, **given)
+        most = max(most, saved.bytes)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = sum(it.numel() for it in model.parameters() if it.requires_grad)
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"parameters": weights, "activation_bytes": most, "peak_bytes": peak - before}
+
+
 def evaluation(
     weights: str | None = None,
     count: int = 64,
@@ -209,4 +253,4 @@ def report(figures: dict[str, object], threads: int, device: str) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli([sampling, tokenizer, evaluation], as_positional=False, args=underscored())
+    auto_cli([sampling, tokenizer, memory, evaluation], as_positional=False, args=underscored())

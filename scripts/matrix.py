@@ -66,6 +66,7 @@ TOKENIZERS = {
 }
 GENERATORS = {
     "NextToken": record("NextToken", mlp_hidden=32, **SMALL),
+    "Neighboring": record("Neighboring", mlp_hidden=32, **SMALL),
     "NextScale, VAR": record("NextScale", **SMALL),
     "NextScale, MVAR": record("NextScale", attention="scale", window=3, windowed_from=2, coarse_steps=2, **SMALL),
     "Masked, BERT": record("Masked", backbone="bert", rounds=3, **SMALL),
@@ -80,6 +81,7 @@ GENERATORS = {
 HEADS = {
     "Categorical": record("Categorical"),
     "FourierBins": record("FourierBins", frequencies=4),
+    "Neighbour": record("Neighbour"),
     "DiffusionHead": record("DiffusionHead", hidden=16, depth=1, steps="ddim4", repeats=1),
     "FlowHead": record("FlowHead", hidden=16, depth=1, steps=3, repeats=1),
     "RectifiedFlowHead": record("RectifiedFlowHead", hidden=16, depth=1, steps=3, repeats=1),

@@ -58,13 +58,16 @@ def cache_tokens(
         record=run.record["modules"]["tokenizer"]["record"],
         spec=spec.record(),
     )
-    pictures = open_set(data, split=split, root=root, size=spec.decoded[1], transform=transform, crop_range=crop_range)
+    frames = {"frames": spec.decoded[0]} if spec.decoded[0] > 1 else {}
+    pictures = open_set(
+        data, split=split, root=root, size=spec.decoded[1], transform=transform, crop_range=crop_range, **frames
+    )
 
     @torch.inference_mode()
     def encode(images: Tensor) -> Tensor:
         return stored(run.tokenizer, images.to(accelerator.device))
 
-    shape = encode(torch.zeros(1, 3, *spec.decoded[1:])).shape[1:]
+    shape = encode(torch.zeros(1, 3, *spec.decoded[0 if frames else 1 :])).shape[1:]
     with accelerator.main_process_first():
         writer = CacheWriter(out, picture_header(pictures, facts, shape, precision))
 

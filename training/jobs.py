@@ -56,7 +56,8 @@ def generator_job(config: Config) -> bool:
     accelerator = accelerate(options, Path(config["out"]))
     source = load_run(config["tokenizer_run"])
     spec = source.tokenizer.spec
-    data = {**config["data"], "size": spec.decoded[1]}
+    frames = {"frames": spec.decoded[0]} if spec.decoded[0] > 1 else {}
+    data = {**config["data"], "size": spec.decoded[1], **frames}
     if config["token_cache"] is None:
         lessons = _pictures(data, split="train")
     else:

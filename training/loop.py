@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
+from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -288,9 +289,15 @@ def _step(line: str) -> float:
 
 
 def save_grid(path: Path, rows: Sequence[Tensor]) -> None:
-    """A PNG of equally many pictures a row: rows of (N, 3, H, W) in [-1, 1]."""
+    """A PNG of equally many pictures a row: rows of (N, 3, H, W) in [-1, 1]. Of clips (N, 3, T, H, W) a filmstrip each,
+    those at one place of the rows below each other."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid = make_grid(torch.cat([row.float().cpu().clamp(-1, 1) for row in rows]), nrow=len(rows[0]), pad_value=1)
+    rows = [row.float().cpu().clamp(-1, 1) for row in rows]
+    columns, pictures = len(rows[0]), torch.cat(rows)
+    if pictures.ndim == 5:
+        columns = pictures.shape[2]
+        pictures = rearrange(torch.stack(rows, 1), "n r c t h w -> (n r t) c h w")
+    grid = make_grid(pictures, nrow=columns, pad_value=1)
     with naming_failure(path, grid.numel):
         write_atomic(path, lambda draft: save_image((grid + 1) / 2, draft, format="png"))
 

@@ -52,7 +52,9 @@ def tokenizer_parser() -> ArgumentParser:
 
 
 def generator_parser() -> ArgumentParser:
-    parser = _common("Train a generator on the tokens of a finished tokenizer run.", skip={"split", "classes", "size"})
+    parser = _common(
+        "Train a generator on the tokens of a finished tokenizer run.", skip={"split", "classes", "size", "frames"}
+    )
     parser.add_argument("--tokenizer_run", type=str, required=True, help="Run folder of the tokenizer.")
     parser.add_argument(
         "--token_cache",

@@ -1,0 +1,1 @@
+"""Speculative decoding: acceptance rules as pure functions, trees of drafts, drafters."""
