@@ -10,13 +10,15 @@ from generators.masked import Masked, maskgit_from_published
 from generators.neighboring import Neighboring, nar_from_published, nar_video_from_published
 from generators.next_entity import ENTITIES, XAR, xar_from_published
 from generators.next_scale import NextScale, mvar_from_published, var_from_published
-from generators.next_token import NextToken, llamagen_from_published
+from generators.next_token import NextToken, larp_ar_from_published, llamagen_from_published
 from generators.protocol import Generator
+from generators.rar import RAR, rar_from_published
 from layers.record import look_up
 
-CLASSES = {**{made.__name__: made for made in (NextToken, NextScale, MAR, Masked, XAR, Neighboring)}, **ENTITIES}
+CLASSES = {**{made.__name__: made for made in (NextToken, NextScale, MAR, Masked, XAR, Neighboring, RAR)}, **ENTITIES}
 PUBLISHED = {
     "llamagen": llamagen_from_published,
+    "larp": larp_ar_from_published,
     "var": var_from_published,
     "mvar": mvar_from_published,
     "mar": mar_from_published,
@@ -24,6 +26,7 @@ PUBLISHED = {
     "xar": xar_from_published,
     "nar": nar_from_published,
     "nar-video": nar_video_from_published,
+    "rar": rar_from_published,
 }
 
 

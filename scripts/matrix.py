@@ -66,6 +66,7 @@ TOKENIZERS = {
 }
 GENERATORS = {
     "NextToken": record("NextToken", mlp_hidden=32, **SMALL),
+    "RAR": record("RAR", **SMALL),
     "Neighboring": record("Neighboring", mlp_hidden=32, **SMALL),
     "NextScale, VAR": record("NextScale", **SMALL),
     "NextScale, MVAR": record("NextScale", attention="scale", window=3, windowed_from=2, coarse_steps=2, **SMALL),

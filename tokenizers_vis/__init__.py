@@ -7,16 +7,30 @@ from torch import Tensor
 
 from layers.record import look_up
 from tokenizers_vis import quantizers
+from tokenizers_vis.flextok import FlexTokTokenizer
+from tokenizers_vis.flextok_published import flextok_from_published
 from tokenizers_vis.kl import KLTokenizer, kl16_from_published
+from tokenizers_vis.larp import LARPTokenizer, larp_from_published
 from tokenizers_vis.maskgit_vq import MaskGITVQTokenizer, maskgit_vqgan_from_published
 from tokenizers_vis.multiscale_vq import DirectionQuantizer, MultiScaleVQTokenizer, var_vqvae_from_published
 from tokenizers_vis.protocol import Tokenizer
+from tokenizers_vis.titok import CodeMixture, TiTokTokenizer, titok_from_published
 from tokenizers_vis.vq import VQTokenizer, llamagen_vq_from_published
 
 CLASSES = {
     **{
         made.__name__: made
-        for made in (VQTokenizer, MultiScaleVQTokenizer, DirectionQuantizer, KLTokenizer, MaskGITVQTokenizer)
+        for made in (
+            VQTokenizer,
+            MultiScaleVQTokenizer,
+            DirectionQuantizer,
+            KLTokenizer,
+            MaskGITVQTokenizer,
+            LARPTokenizer,
+            TiTokTokenizer,
+            FlexTokTokenizer,
+            CodeMixture,
+        )
     },
     **quantizers.CLASSES,
 }
@@ -25,6 +39,9 @@ PUBLISHED = {
     "var-vqvae": var_vqvae_from_published,
     "kl16-vae": kl16_from_published,
     "maskgit-vqgan": maskgit_vqgan_from_published,
+    "larp": larp_from_published,
+    "titok": titok_from_published,
+    "flextok": flextok_from_published,
 }
 
 

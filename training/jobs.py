@@ -23,6 +23,7 @@ from sampling.decode import generate
 from sampling.sampler import Sampler
 from tokenizers_vis.protocol import Tokenizer
 from training.generator_loop import Sample, train_generator
+from training.larp_prior import LARPPrior
 from training.loop import Batch, Stream, TrainOptions, accelerate
 from training.losses import TokenizerObjective
 from training.options import Config
@@ -40,13 +41,20 @@ def tokenizer_job(config: Config) -> bool:
     accelerator = accelerate(options, Path(config["out"]))
     pictures = _pictures(config["data"], split="train")
     set_seed(config["seed"])
-    tokenizer = build(config["tokenizer"], CLASSES)
+    given = {} if config["teacher"] is None else {"teacher": load_run(config["teacher"]).tokenizer}
+    tokenizer = build(config["tokenizer"], CLASSES, **given)
+    for part, run in (config["parts"] or {}).items():  # a run that is resumed reads its checkpoint over them
+        tokenizer.get_submodule(part).load_state_dict(load_run(run).tokenizer.state_dict())
     objective = TokenizerObjective(**config["objective"])
+    prior = None
+    if config["prior"] is not None:
+        codes = {"tokens": tokenizer.spec.length, "channels": tokenizer.codebook().shape[-1]}
+        prior = build(config["prior"], {LARPPrior.__name__: LARPPrior}, **codes)
     folder = RunFolder(Path(config["out"]), "tokenizer", config["tokenizer"], pictures.describe(), config["seed"])
     if not _begin(folder, config, options.steps, accelerator):
         return False
     stream, held_out = _stream(config, pictures), _held_out(config["data"], pictures.classes, accelerator)
-    train_tokenizer(tokenizer, objective, stream, options, folder, accelerator, held_out=held_out)
+    train_tokenizer(tokenizer, objective, stream, options, folder, accelerator, held_out=held_out, prior=prior)
     return True
 
 
@@ -89,7 +97,7 @@ def with_classes(record: Mapping[str, Any], count: int) -> dict[str, Any]:
     Raises RunError for another number.
     """
     arguments = dict(record["init_args"])
-    if "num_classes" in arguments and arguments.get("text_dim") is None:
+    if "num_classes" in arguments and arguments.get("text_dim") is arguments.get("clip_tokens") is None:
         if arguments["num_classes"] not in (None, count):
             raise RunError(
                 f"generator: num_classes is {arguments['num_classes']}, the data set has {count} classes; leave it out"

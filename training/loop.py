@@ -308,6 +308,8 @@ def due(done: int, every: int, steps: int) -> bool:
 
 
 def export_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
-    """All tensors of a prepared model under the names of the module within: whole on the main process."""
+    """All tensors of a prepared model under the names of the module within: whole on the main process. What only learns
+    beside that module stays behind."""
     prefix = "module." if isinstance(accelerator.unwrap_model(model), Through) else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in accelerator.get_state_dict(model).items()}
+    state = accelerator.get_state_dict(model)
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -9,6 +9,7 @@ from math import isfinite
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -151,8 +152,13 @@ class TokenizerObjective(nn.Module):
         if self.weights["l2"]:
             fit["l2"] = functional.mse_loss(reconstruction.float(), images.float())
         if self.perceptual is not None:
-            fit["perceptual"] = self.perceptual(images, reconstruction).mean()
+            fit["perceptual"] = self.perceptual(*(frames(x) for x in (images, reconstruction))).mean()
         return fit
+
+
+def frames(x: Tensor) -> Tensor:
+    """Pictures as they are; clips (B, 3, T, H, W) -> (B T, 3, H, W)."""
+    return rearrange(x, "b c t h w -> (b t) c h w") if x.dim() == 5 else x
 
 
 def hinge_generator(fake: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from layers.record import UnknownName
 from sampling.sampler import Sampler
 from sampling.shards import SampleError
 from tokenizers_vis.protocol import Tokenizer
+from training.larp_prior import LARPPrior
 from training.loop import TrainingDiverged, TrainOptions
 from training.losses import TokenizerObjective
 from training.published import PublishedError
@@ -46,8 +47,21 @@ USERS = (  # errors whose message says what to do
 
 def tokenizer_parser() -> ArgumentParser:
     parser = _common("Train a tokenizer.", skip={"split", "classes"})
-    parser.add_subclass_arguments(Tokenizer, "tokenizer", required=True)
+    parser.add_subclass_arguments(Tokenizer, "tokenizer", required=True, skip={"teacher"})
+    parser.add_argument(
+        "--teacher",
+        type=str | None,
+        default=None,
+        help="Run folder of a tokenizer whose codes are learned first (TiTok).",
+    )
+    parser.add_argument(
+        "--parts",
+        type=dict[str, str] | None,
+        default=None,
+        help="Parts of the tokenizer that are finished tokenizers themselves: name of the part -> run folder.",
+    )
     parser.add_class_arguments(TokenizerObjective, "objective")
+    parser.add_subclass_arguments(LARPPrior, "prior", required=False, skip={"tokens", "channels"})
     return parser
 
 

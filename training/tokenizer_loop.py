@@ -17,6 +17,7 @@ from tokenizers_vis.protocol import Tokenizer
 from tokenizers_vis.quantizers.usage import code_counts, usage_metrics
 from training.checkpoint import Checkpoints
 from training.ema import EMA
+from training.larp_prior import LARPPrior, WithPrior
 from training.loop import (
     Batch,
     Journal,
@@ -49,14 +50,17 @@ def train_tokenizer(
     accelerator: Accelerator,
     *,
     held_out: Sequence[Batch] = (),
+    prior: LARPPrior | None = None,
 ) -> None:
     """Train up to `options.steps`, from the newest checkpoint of `folder` on, and export the averaged weights.
 
     held_out: batches whose reconstruction is scored, the first pictures shown above theirs; on every process its own.
+    prior: learns beside the tokenizer, whose term "prior" is its loss, and is not exported.
     Raises TrainingDiverged at a number that is not finite, NotWritten on a full disk.
     """
-    optimizer = adamw(tokenizer, options)
-    model, optimizer = accelerator.prepare(tokenizer, optimizer)
+    model = tokenizer if prior is None else WithPrior(tokenizer, prior)
+    optimizer = adamw(model, options)
+    model, optimizer = accelerator.prepare(model, optimizer)
     in_training, optimizers = [model], [optimizer]
     objective.to(accelerator.device)
     if objective.has_discriminator:
@@ -78,11 +82,12 @@ def train_tokenizer(
     for step in tqdm(range(first, options.steps), initial=first, total=options.steps, disable=rank > 0):
         reseed(folder.seed, step, rank)
         lr = set_lr(optimizers, step, options)
+        given = {} if prior is None else {"progress": step / options.steps}
         for _ in range(options.accumulation):
             images = to_device(next(batches), accelerator.device)["image"]
             journal.count(len(images))
             with accelerator.accumulate(*in_training):
-                reconstruction, parts = model(images)
+                reconstruction, parts = model(images, **given)
                 with accelerator.autocast():
                     loss, logs = objective(images, reconstruction, parts, step, tokenizer.last_layer)
                 accelerator.backward(loss)

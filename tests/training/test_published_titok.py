@@ -244,7 +244,7 @@ def test_a_published_generator_and_its_tokenizer_make_pictures(tmp_path: Path, r
     paths = tmp_path / "generator.safetensors", tmp_path / "tokenizer.safetensors"
     save_tensors(paths[0], drawn(bert_layout(registry["titok-b64-maskgit"].config)))
     save_tensors(paths[1], drawn(layout(registry["titok-b64"].config)))
-    assert check(paths[1]).fits == ("titok-b64",)
+    assert check(paths[1], "titok-b64").fits == ("titok-b64",)
     found = load_published("titok-b64-maskgit", *paths)
     assert isinstance(found.generator, generators.masked.Masked) and found.generator.spec == found.tokenizer.spec
     assert found.provenance["tokenizer"]["published"] == "titok-b64"
