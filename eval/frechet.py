@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.linalg import LinAlgError, eigh
 from scipy.linalg.lapack import dpstrf
 from torch import Tensor
 
@@ -115,7 +116,7 @@ def frechet_distance(a: Gaussian, b: Gaussian, compat: str | None = None) -> flo
         return _by_eigenvalues_of_the_product(a, b)
     if compat is not None:
         raise ValueError(f'frechet_distance: compat is "eigvals" or None, not {compat!r}')
-    roots = _singular_values(_factor(a).T @ _factor(b))
+    roots = _roots(a, b)
     shift = (a.mean - b.mean).square().sum()
     return float(shift + a.cov.trace() + b.cov.trace() - 2 * roots.sum())
 
@@ -138,11 +139,22 @@ def _factor(gaussian: Gaussian) -> Tensor:
     return torch.from_numpy(factor).to(gaussian.cov)
 
 
-def _singular_values(matrix: Tensor) -> Tensor:
-    """By eigenvalues where all stand out from their rounding, which the root would magnify."""
+def _roots(a: Gaussian, b: Gaussian) -> Tensor:
+    """The singular values of F'G: roots of the eigenvalues of A B, by one Cholesky factor where both have full rank."""
+    if a.rows is None and b.rows is None:
+        try:
+            squares = eigh(a.cov.cpu().numpy(), b.cov.cpu().numpy(), type=2, eigvals_only=True)
+        except LinAlgError:  # B is singular
+            squares = np.zeros(1)
+        if _stand_out(squares := torch.from_numpy(squares)):
+            return squares.sqrt()
+    matrix = _factor(a).T @ _factor(b)
     narrow = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    squares = torch.linalg.eigvalsh(narrow @ narrow.T)  # ascending
+    squares = torch.linalg.eigvalsh(narrow @ narrow.T)
+    return squares.sqrt() if _stand_out(squares) else torch.linalg.svdvals(matrix)
+
+
+def _stand_out(squares: Tensor) -> bool:
+    """Whether all eigenvalues, ascending, are above their rounding, which the root would magnify."""
     noise = len(squares) * torch.finfo(squares.dtype).eps
-    if (squares[:1] > noise * squares[-1:]).all():
-        return squares.sqrt()
-    return torch.linalg.svdvals(matrix)
+    return bool((squares[:1] > noise * squares[-1:]).all())

@@ -25,7 +25,9 @@ class Neighbour(Categorical):
 
     def __init__(self, width: int, spec: TokenSpec, axes: int | None = None) -> None:
         if not isinstance(spec.layout, Grid):
-            raise ValueError(f"Neighbour needs tokens on a Grid, to have neighbours along its axes: {spec}")
+            raise ValueError(
+                f"Neighbour needs tokens on a Grid, to have neighbours along its axes; the tokenizer makes {spec}"
+            )
         needed = 2 if spec.layout.t == 1 else 3
         axes = needed if axes is None else axes
         if not needed <= axes <= 3:

@@ -6,9 +6,9 @@
 
 A row is trained on cached tokens for --seconds of processor time (one thread), so that the clock of a shared machine has
 no say: the cost of a step is measured on a short piece, and the schedule is set to end with the time. Its tokenizer is
-trained before, where its run is missing; what that makes of as many training pictures is a line in brackets, the floor of
-every order on its tokens. Writes OUT/orders.md, OUT/orders.png and, in OUT/rows/NAME, result.json and a run that
-scripts/sample.py loads.
+trained before, where its run is missing; what that makes of as many training pictures is a line in brackets, about the
+least distance an order on its tokens can reach. Writes OUT/orders.md, OUT/orders.png and, in OUT/rows/NAME, result.json
+and a run that scripts/sample.py loads.
 """
 
 import json

@@ -288,16 +288,16 @@ def test_half_precision_leaves_codes_and_read_out_whole() -> None:
     assert state.known.all() and state.memory.dtype == torch.float32
 
 
-def test_every_scale_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_scale_is_compiled_for() -> None:
     """With the tracing half of torch.compile alone, and its own limit on shapes set below the number of scales."""
     sizes = ((1, 1), (1, 2), (1, 3))
     spec = TokenSpec(Pyramid(sizes), decoded=(1, 8, 8), vocab_size=23)
     model, condition, noise = randomised(spec=spec, reader=reader(sizes), depth=1), labels(1), Noise(0, torch.arange(1))
     eager = generate(model, condition, Sampler(), noise).tokens
     graphs = []
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     model.trunk.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward, dynamic=False)
-    assert torch.equal(generate(model, condition, Sampler(), noise).tokens, eager)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        assert torch.equal(generate(model, condition, Sampler(), noise).tokens, eager)
     assert len(graphs) == 3
 
 
