@@ -20,7 +20,9 @@ class Categorical(Head):
     def __init__(self, width: int, spec: TokenSpec, bias: bool = False) -> None:
         super().__init__()
         if spec.vocab_size is None:
-            raise ValueError(f"Categorical needs discrete tokens, the tokenizer makes continuous ones: {spec}")
+            raise ValueError(
+                f"{type(self).__name__} needs discrete tokens, the tokenizer makes continuous ones: {spec}"
+            )
         self.readout = nn.Linear(width, spec.vocab_size, bias=bias)
         nn.init.zeros_(self.readout.weight)
         if bias:
