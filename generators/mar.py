@@ -33,7 +33,7 @@ from generators.protocol import Generator, Prediction, State
 from heads.diffusion import DiffusionHead, diffusion_keys
 from heads.flow import FieldHead
 from heads.protocol import Head
-from layers.condition import LabelEmbedding, check_labels
+from layers.condition import LabelEmbedding, check_labels, drop_condition
 from layers.keymap import Join, Target, translate
 from layers.noise import Noise
 from layers.record import look_up
@@ -252,10 +252,7 @@ class MAR(Generator):
         where hidden, in place of both; keep bool (B,), False where the null class is put, in training mode only. The rest
         of `given` goes to the head's loss.
         """
-        if keep is None and self.training and self.condition_drop:
-            keep = torch.rand(len(tokens), device=tokens.device) >= self.condition_drop
-        if keep is not None:
-            condition = Condition(**{**condition.fields(), "keep": keep})
+        condition = drop_condition(condition, keep, self.condition_drop if self.training else 0.0)
         if mask is None:
             if order is None:
                 order = torch.rand(tokens.shape[:2], device=tokens.device).argsort(dim=1)

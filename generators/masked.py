@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from generators.protocol import Generator, Prediction, State, one_state
 from heads.categorical import Categorical
 from heads.protocol import Head
-from layers.condition import LabelEmbedding, check_labels
+from layers.condition import LabelEmbedding, check_labels, drop_condition
 from layers.keymap import Join, Target, translate
 from layers.noise import Noise
 from layers.record import look_up
@@ -238,10 +238,7 @@ class Masked(Generator):
 
         mask bool (B, L): what is hidden; keep bool (B,): where False the null condition is put. Drawn when None.
         """
-        if keep is None and self.training and self.condition_drop:
-            keep = torch.rand(len(tokens), device=tokens.device) >= self.condition_drop
-        if keep is not None:
-            condition = Condition(**{**condition.fields(), "keep": keep})
+        condition = drop_condition(condition, keep, self.condition_drop if self.training else 0.0)
         if mask is None:
             mask = self.draw_mask(len(tokens), tokens.device)
         z = self.hidden(tokens, condition, mask)

@@ -32,7 +32,7 @@ from generators.protocol import Generator, Prediction, State
 from heads.neighbour import Neighbour
 from heads.protocol import Head
 from layers.attention import KVCache
-from layers.condition import LabelEmbedding, TextEmbedding, check_labels
+from layers.condition import LabelEmbedding, TextEmbedding, check_labels, drop_condition
 from layers.keymap import Join, Target, translate
 from layers.noise import Noise
 from layers.record import look_up
@@ -209,10 +209,7 @@ class Neighboring(Generator):
         self, tokens: Tensor, condition: Condition, keep: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy in nats a token. keep bool (B,): where False the null condition is put; drawn when None."""
-        if keep is None and self.training and self.condition_drop:
-            keep = torch.rand(len(tokens), device=tokens.device) >= self.condition_drop
-        if keep is not None:
-            condition = Condition(**{**condition.fields(), "keep": keep})
+        condition = drop_condition(condition, keep, self.condition_drop if self.training else 0.0)
         loss = self.head.loss(self.hidden(tokens, condition), tokens).mean()
         return loss, {"cross_entropy": loss.detach()}
 

@@ -38,7 +38,7 @@ from heads.flow import FieldHead
 from heads.protocol import Head
 from layers.adaln import Modulation, modulate
 from layers.attention import KVCache
-from layers.condition import LabelEmbedding, check_labels
+from layers.condition import LabelEmbedding, check_labels, drop_condition
 from layers.flow import interpolate, training_times
 from layers.keymap import Join, Target, translate
 from layers.noise import Noise
@@ -373,10 +373,7 @@ class XAR(Generator):
         keep bool (B,): where False the null class is put; t (B, N), a time for each entity; noise (B, T, C) by place.
         Each is drawn when None.
         """
-        if keep is None and self.training and self.condition_drop:
-            keep = torch.rand(len(tokens), device=tokens.device) >= self.condition_drop
-        if keep is not None:
-            condition = Condition(**{**condition.fields(), "keep": keep})
+        condition = drop_condition(condition, keep, self.condition_drop if self.training else 0.0)
         data = self.whole(tokens)
         if t is None:
             t = training_times(self.time_law, (len(tokens), len(self.lengths)), tokens.device)

@@ -36,7 +36,7 @@ from heads.categorical import Categorical
 from heads.protocol import Head
 from layers.adaln import Modulation, SharedModulation, modulate
 from layers.attention import KVCache
-from layers.condition import LabelEmbedding, check_labels
+from layers.condition import LabelEmbedding, check_labels, drop_condition
 from layers.keymap import Target, translate
 from layers.noise import Noise
 from layers.pyramid import ScaleReader
@@ -337,10 +337,7 @@ class NextScale(Generator):
 
         keep bool (B,): where False the null class is put; drawn when None. warm: weight of the last of the scales.
         """
-        if keep is None and self.training and self.condition_drop:
-            keep = torch.rand(len(tokens), device=tokens.device) >= self.condition_drop
-        if keep is not None:
-            condition = Condition(**{**condition.fields(), "keep": keep})
+        condition = drop_condition(condition, keep, self.condition_drop if self.training else 0.0)
         first, stop = scales or (0, len(self.sizes))
         target = tokens[:, self.ends[first] : self.ends[stop]]
         nats = self.head.loss(self.hidden(tokens, condition, scales), target)  # (B, l)

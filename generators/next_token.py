@@ -27,7 +27,7 @@ from generators.protocol import Generator, Prediction, State, one_state
 from heads.categorical import Categorical
 from heads.protocol import Head
 from layers.attention import Attention, KVCache, causal_mask
-from layers.condition import LabelEmbedding, TextEmbedding, check_labels
+from layers.condition import LabelEmbedding, TextEmbedding, check_labels, drop_condition
 from layers.keymap import Join, Target, translate
 from layers.noise import Noise
 from layers.record import look_up
@@ -214,10 +214,7 @@ class NextToken(Generator):
         self, tokens: Tensor, condition: Condition, keep: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy in nats a token. keep bool (B,): where False the null condition is put; drawn when None."""
-        if keep is None and self.training and self.condition_drop:
-            keep = torch.rand(len(tokens), device=tokens.device) >= self.condition_drop
-        if keep is not None:
-            condition = Condition(**{**condition.fields(), "keep": keep})
+        condition = drop_condition(condition, keep, self.condition_drop if self.training else 0.0)
         loss = self.head.loss(self.hidden(tokens, condition), tokens).mean()
         return loss, {"cross_entropy": loss.detach()}
 
@@ -289,20 +286,11 @@ class NextToken(Generator):
 
     def commit(self, state: NextTokenState, positions: Tensor, tokens: Tensor, keep: Tensor | None = None) -> None:
         """positions must continue each row; keep (B, m) True on a prefix of them."""
-        if keep is None:
-            keep = torch.ones_like(positions, dtype=torch.bool)
-        state.tokens.scatter_(1, positions, torch.where(keep, tokens, state.tokens.gather(1, positions)))
-        state.known.scatter_(1, positions, keep | state.known.gather(1, positions))
-        state.length = state.length + keep.sum(1)
-        state.reach = min(state.reach + positions.shape[1], state.rounds)
-        state.round += 1
-        state.prefilled = True
+        append(state, positions, tokens, keep)
 
     def rewind(self, state: NextTokenState, length: Tensor) -> None:
         """Forget all but the first length[b] tokens of row b, int64 (B,)."""
-        state.length = torch.minimum(state.length, length)
-        state.known = torch.arange(self.spec.length, device=length.device) < state.length[:, None]
-        state.tokens = torch.where(state.known, state.tokens, 0)
+        truncate(state, length)
 
     def _prefix(self, condition: Condition) -> Tensor:
         """(b, T, D): the embedded condition."""
@@ -323,6 +311,25 @@ class NextToken(Generator):
             own = torch.arange(mask.shape[-1], device=slots.device) == slots[..., None]
             mask = mask & readable[:, None, : mask.shape[-1]] | own
         return mask[:, None]
+
+
+def append(state: NextTokenState, positions: Tensor, tokens: Tensor, keep: Tensor | None) -> None:
+    """positions (B, m) continue each row of a state of raster order; keep (B, m) is True on a prefix of them."""
+    if keep is None:
+        keep = torch.ones_like(positions, dtype=torch.bool)
+    state.tokens.scatter_(1, positions, torch.where(keep, tokens, state.tokens.gather(1, positions)))
+    state.known.scatter_(1, positions, keep | state.known.gather(1, positions))
+    state.length = state.length + keep.sum(1)
+    state.reach = min(state.reach + positions.shape[1], state.rounds)
+    state.round += 1
+    state.prefilled = True
+
+
+def truncate(state: NextTokenState, length: Tensor) -> None:
+    """Forget all but the first length[b] tokens of row b, int64 (B,)."""
+    state.length = torch.minimum(state.length, length)
+    state.known = torch.arange(state.tokens.shape[1], device=length.device) < state.length[:, None]
+    state.tokens = torch.where(state.known, state.tokens, 0)
 
 
 def round_up(n: int, multiple: int) -> int:

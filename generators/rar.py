@@ -29,13 +29,13 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from generators.next_token import SPAN, NextToken, NextTokenState, round_up
+from generators.next_token import SPAN, NextTokenState, append, round_up, truncate
 from generators.protocol import Generator, Prediction, one_state
 from heads.categorical import Categorical
 from heads.protocol import Head
 from layers.adaln import Modulation, modulate
 from layers.attention import KVCache, causal_mask
-from layers.condition import LabelEmbedding, check_labels
+from layers.condition import LabelEmbedding, check_labels, drop_condition
 from layers.keymap import Target, translate
 from layers.noise import Noise
 from layers.spec import Condition, Grid, TokenSpec, stack
@@ -217,10 +217,7 @@ class RAR(Generator):
         orders: as in `hidden`; drawn when None, a row shuffled with probability `shuffled`. keep bool (B,): where False the
         null class is put; drawn when None.
         """
-        if keep is None and self.training and self.condition_drop:
-            keep = torch.rand(len(tokens), device=tokens.device) >= self.condition_drop
-        if keep is not None:
-            condition = Condition(**{**condition.fields(), "keep": keep})
+        condition = drop_condition(condition, keep, self.condition_drop if self.training else 0.0)
         if orders is None:
             orders = self.draw_orders(len(tokens), shuffled, tokens.device)
         loss = self.head.loss(self.hidden(tokens, condition, orders), tokens.gather(1, orders)).mean()
@@ -313,12 +310,12 @@ class RAR(Generator):
     def commit(self, state: RARState, positions: Tensor, tokens: Tensor, keep: Tensor | None = None) -> None:
         """positions must continue each row; keep (B, m) True on a prefix of them."""
         state.even = state.even and keep is None
-        NextToken.commit(self, state, positions, tokens, keep)
+        append(state, positions, tokens, keep)
 
     def rewind(self, state: RARState, length: Tensor) -> None:
         """Forget all but the first length[b] tokens of row b, int64 (B,)."""
         state.even = False
-        NextToken.rewind(self, state, length)
+        truncate(state, length)
 
     def _modulation(self, state: RARState, first: int, count: int) -> list[Tensor]:
         """Of `count` slots from `first` on, of every block and of the read-out; made ahead as long as rows are few."""

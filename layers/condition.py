@@ -1,5 +1,7 @@
 """Conditions as prefix tokens: a class label as one token, text features as S tokens. Dropped rows get a null of their own."""
 
+from dataclasses import replace
+
 import torch
 from timm.layers import GELUTanh, Mlp
 from torch import Tensor, nn
@@ -60,3 +62,10 @@ def check_labels(label: Tensor, num_classes: int) -> None:
     wrong = label[(label < 0) | (label >= num_classes)]
     if len(wrong):
         raise LabelError(f"class id {int(wrong[0])} is out of range: this model knows 0 to {num_classes - 1}")
+
+
+def drop_condition(condition: Condition, keep: Tensor | None, share: float) -> Condition:
+    """The condition with `keep` bool (B,): as given, else drawn so that a `share` of rows is dropped, else as it was."""
+    if keep is None and share:
+        keep = torch.rand(condition.rows, device=next(iter(condition.fields().values())).device) >= share
+    return condition if keep is None else replace(condition, keep=keep)
