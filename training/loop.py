@@ -116,17 +116,17 @@ def accelerate(options: TrainOptions, folder: Path) -> Accelerator:
     )
 
 
-def adamw(module: nn.Module, options: TrainOptions, undecayed: Sequence[str] = ()) -> AdamW:
-    """AdamW over the parameters that learn; biases, norms and other vectors are not decayed, nor is what has one of
-    `undecayed` in its name."""
+def adamw(module: nn.Module, options: TrainOptions, undecayed: Sequence[str] = (), lr_share: float = 1.0) -> AdamW:
+    """AdamW over the parameters that learn, at `lr_share` of the learning rate; biases, norms and other vectors are not
+    decayed, nor is what has one of `undecayed` in its name."""
     decayed, spared = [], []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             spare = parameter.dim() < 2 or any(part in name for part in undecayed)
             (spared if spare else decayed).append(parameter)
     groups = [
-        {"params": decayed, "weight_decay": options.weight_decay, "decayed": True},
-        {"params": spared, "weight_decay": 0.0, "decayed": False},
+        {"params": decayed, "weight_decay": options.weight_decay, "decayed": True, "lr_share": lr_share},
+        {"params": spared, "weight_decay": 0.0, "decayed": False, "lr_share": lr_share},
     ]
     return AdamW([group for group in groups if group["params"]], lr=options.lr, betas=options.betas)
 
@@ -147,7 +147,7 @@ def set_lr(optimizers: Sequence[Optimizer], step: int, options: TrainOptions) ->
     """Give every optimiser the learning rate of this step, and say it. Nothing is remembered from step to step."""
     lr = options.lr * lr_factor(step, options)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_share"]
     return lr
 
 

@@ -6,15 +6,16 @@ arXiv:2406.06525, sec. 2.1). All weights are here and none in the tokenizer: a t
 
 from collections.abc import Mapping
 from math import isfinite
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 
-from training.discriminator import PatchDiscriminator
+from layers.record import build
+from training.adversary import Adversary
+from training.discriminator import DISCRIMINATORS
 from training.perceptual import PerceptualDistance
 
 OURS = ("l1", "l2", "perceptual", "adversarial", "adaptive_weight", "loss")  # names of this file in the logs
@@ -29,13 +30,17 @@ class TokenizerObjective(nn.Module):
         l1: Weight of the mean absolute error of pixels in [-1, 1].
         l2: Weight of their mean squared error.
         perceptual: Weight of LPIPS on VGG16 features.
-        adversarial: Weight of the hinge losses of both players against a PatchGAN discriminator.
+        adversarial: Weight of the losses of both players, the tokenizer and a discriminator.
         adversarial_start: First step, counted from 0, of adversarial training.
+        adversarial_rule: hinge losses, or non-saturating ones with softened targets.
+        adversarial_every: The discriminator learns in each step whose number is a multiple of this.
+        adversarial_lr: Its learning rate as a share of the tokenizer's.
+        lecam: Weight of LeCam's regulariser, beside the discriminator's own loss.
         adaptive_weight: Whether the tokenizer's adversarial loss is also multiplied by the ratio of gradient norms at the
             decoder's last layer.
         terms: Weights of the tokenizer's own terms by name, of either sign; a term of weight 0 is logged.
-        discriminator_width: Channels of the discriminator's first layer.
-        discriminator_layers: Its layers of stride 2.
+        discriminator: Its class_path, PatchDiscriminator of pictures or ClipDiscriminator, and init_args; null is the first
+            with its defaults.
         backbone_weights: File with torchvision's VGG16 weights for the perceptual term; null downloads them once.
     """
 
@@ -46,10 +51,13 @@ class TokenizerObjective(nn.Module):
         perceptual: float = 0.0,
         adversarial: float = 0.0,
         adversarial_start: int = 0,
+        adversarial_rule: Literal["hinge", "soft"] = "hinge",
+        adversarial_every: int = 1,
+        adversarial_lr: float = 1.0,
+        lecam: float = 0.0,
         adaptive_weight: bool = False,
         terms: dict[str, float] | None = None,
-        discriminator_width: int = 64,
-        discriminator_layers: int = 3,
+        discriminator: dict[str, Any] | None = None,
         backbone_weights: str | None = None,
     ) -> None:
         super().__init__()
@@ -65,18 +73,26 @@ class TokenizerObjective(nn.Module):
             raise ValueError(
                 "objective: adaptive_weight needs adversarial, and l1, l2 or perceptual to compare it with"
             )
-        self.adversarial_start = adversarial_start
+        if adversarial_every < 1 or not 0 < adversarial_lr < torch.inf or not 0 <= lecam < torch.inf:
+            raise ValueError(
+                f"objective: adversarial_every={adversarial_every} must be at least 1, adversarial_lr={adversarial_lr} "
+                f"positive, lecam={lecam} not negative"
+            )
+        self.adversarial_start, self.adversarial_every = adversarial_start, adversarial_every
+        self.adversarial_lr = adversarial_lr
         self.adaptive_weight = adaptive_weight
         self.perceptual = PerceptualDistance(backbone_weights) if perceptual else None
-        self.discriminator = PatchDiscriminator(3, discriminator_width, discriminator_layers) if adversarial else None
-
-    @property
-    def has_discriminator(self) -> bool:
-        return self.discriminator is not None
+        self.adversary = None
+        if adversarial:
+            critic = build(discriminator or {"class_path": "PatchDiscriminator", "init_args": {}}, DISCRIMINATORS)
+            self.adversary = Adversary(critic, adversarial_rule, lecam)
 
     def adversarial_weight(self, step: int) -> float:
-        """The weight of both adversarial losses at this step, before any adaptation. At 0 the discriminator idles."""
+        """The weight of both adversarial losses at this step, before any adaptation."""
         return self.weights["adversarial"] if step >= self.adversarial_start else 0.0
+
+    def critic_learns(self, step: int) -> bool:
+        return self.adversarial_weight(step) > 0 and step % self.adversarial_every == 0
 
     def forward(
         self,
@@ -89,7 +105,7 @@ class TokenizerObjective(nn.Module):
         """The tokenizer's loss, and its parts: unweighted, detached, by name.
 
         images, reconstruction (B, 3, H, W); parts: of the tokenizer's forward, whose floating scalars are its terms;
-        last_layer: weight of the decoder's last layer, read by adaptive_weight. The discriminator gets no gradient.
+        last_layer: weight of the decoder's last layer, read by adaptive_weight. The critic gets no gradient.
         Raises ValueError where terms and weights do not match, and for a reconstruction that is not like the images.
         """
         if self.adaptive_weight and last_layer is None:
@@ -101,8 +117,7 @@ class TokenizerObjective(nn.Module):
         total = sum(weights[name] * value for name, value in values.items() if weights[name])
         logs = {name: value.detach() for name, value in values.items()}
         if weight := self.adversarial_weight(step):
-            frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
-            adversarial = hinge_generator(functional_call(self.discriminator, frozen, reconstruction))
+            adversarial = self.adversary.tokenizer_loss(reconstruction)
             logs["adversarial"] = adversarial.detach()
             if self.adaptive_weight:
                 base = sum(weights[name] * value for name, value in fit.items())
@@ -110,19 +125,6 @@ class TokenizerObjective(nn.Module):
                 weight = weight * logs["adaptive_weight"]
             total = total + weight * adversarial
         return total, logs | {"loss": total.detach()}
-
-    def discriminator_loss(self, images: Tensor, reconstruction: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's loss and logs; no gradient to the tokenizer. Before the start: 0, nothing computed."""
-        weight = self.adversarial_weight(step)
-        if not weight:
-            return torch.zeros((), device=images.device, requires_grad=True), {}  # a leaf: backward changes nothing
-        real, fake = self.discriminator(images.detach()), self.discriminator(reconstruction.detach())
-        loss = weight * hinge_discriminator(real, fake)
-        return loss, {
-            "discriminator": loss.detach(),
-            "logits_real": real.detach().mean(),
-            "logits_fake": fake.detach().mean(),
-        }
 
     def _own_terms(self, parts: Mapping[str, Any]) -> dict[str, Tensor]:
         own = {
@@ -159,16 +161,6 @@ class TokenizerObjective(nn.Module):
 def frames(x: Tensor) -> Tensor:
     """Pictures as they are; clips (B, 3, T, H, W) -> (B T, 3, H, W)."""
     return rearrange(x, "b c t h w -> (b t) c h w") if x.dim() == 5 else x
-
-
-def hinge_generator(fake: Tensor) -> Tensor:
-    """Logits of reconstructions -> scalar: they shall look real (Lim & Ye 2017, arXiv:1705.02894)."""
-    return -fake.float().mean()
-
-
-def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    """Logits of images and of reconstructions -> scalar, 0 where they are at least 1 and at most -1."""
-    return 0.5 * ((1 - real.float()).relu().mean() + (1 + fake.float()).relu().mean())
 
 
 def gradient_ratio(base: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from training.loop import (
     Batch,
     Journal,
     Stream,
-    Through,
     TrainOptions,
     Watch,
     adamw,
@@ -63,10 +62,9 @@ def train_tokenizer(
     model, optimizer = accelerator.prepare(model, optimizer)
     in_training, optimizers = [model], [optimizer]
     objective.to(accelerator.device)
-    if objective.has_discriminator:
-        critic_optimizer = adamw(objective.discriminator, options)
-        critic = Through(objective.discriminator, objective.discriminator_loss)
-        critic, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
+    if objective.adversary is not None:
+        critic_optimizer = adamw(objective.adversary, options, lr_share=objective.adversarial_lr)
+        critic, critic_optimizer = accelerator.prepare(objective.adversary, critic_optimizer)
         in_training, optimizers = [model, critic], [optimizer, critic_optimizer]
     average = EMA(model, options.ema_decay)
     accelerator.register_for_checkpointing(average)
@@ -93,9 +91,9 @@ def train_tokenizer(
                 accelerator.backward(loss)
                 watch.add(step, {**logs, **parts.get("stats", {})})
                 watch.add(step, update(accelerator, model, optimizer, options))
-                if objective.adversarial_weight(step):
-                    loss, logs = critic(images, reconstruction.detach(), step)
-                    accelerator.backward(loss)
+                if objective.critic_learns(step):
+                    loss, logs = critic(images, reconstruction.detach())
+                    accelerator.backward(objective.adversarial_weight(step) * loss)
                     watch.add(step, logs)
                     update(accelerator, critic, critic_optimizer, options)
         average.update()

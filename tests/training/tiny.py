@@ -49,8 +49,7 @@ ADVERSARIAL = {
     "adversarial": 0.5,
     "adversarial_start": 3,
     "adaptive_weight": True,
-    "discriminator_width": 4,
-    "discriminator_layers": 1,
+    "discriminator": {"class_path": "PatchDiscriminator", "init_args": {"width": 4, "layers": 1}},
     "terms": {"commitment": 0.25},
 }
 QUICK = {"lr": 1e-2, "ema_decay": 0.9, "trackers": (), "log_every": 1, "save_every": 4, "sample_every": 5}
