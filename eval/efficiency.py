@@ -16,6 +16,7 @@ import os
 import platform
 import resource
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from eval.provenance import library_versions
@@ -337,6 +340,55 @@ def compare(
         unstable=_faults(baseline, first, conditions),
         conditions=conditions,
     )
+
+
+def peak_tensor_bytes(work: Callable[[], object], device: torch.device | str) -> int:
+    """The most bytes that tensors take during one run of `work`, beyond those that are there before it.
+
+    On a CPU from what its operators return, which slows the run down; on CUDA from the allocator.
+    """
+    device = _device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _Tally() as tally:
+        work()
+    return tally.most
+
+
+class _Tally(TorchDispatchMode):
+    """Adds up the storages that operators return, until each is freed; most: what they came to at once. What an operator
+    takes and frees within itself stays unseen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(made):
+            if storage._cdata not in self.sizes and storage._cdata not in given:  # neither a view nor written in place
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._freed, storage._cdata)
+        return made
+
+    def _freed(self, key: int) -> None:
+        self.now -= self.sizes.pop(key, 0)
+
+
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    """Of all tensors in nested values; packed weights have none."""
+    for it in tree_leaves(values):
+        if isinstance(it, Tensor) and it.layout == torch.strided:
+            yield it.untyped_storage()
 
 
 def bootstrap_ratio(

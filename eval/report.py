@@ -148,6 +148,11 @@ class Report:
             made.append((label, list(zip(map(_data_url, to_uint8(images)), texts, strict=True))))
         self.sections.append({"title": title, "rows": made, "note": note, "width": width})
 
+    def films(self, title: str, rows: Mapping[str, bytes], note: str = "", width: int = 560) -> None:
+        """A playing picture a row: the content of a GIF file each. width: on the page, in CSS pixels."""
+        made = [(label, [(_url("gif", film), "")]) for label, film in rows.items()]
+        self.sections.append({"title": title, "rows": made, "note": note, "width": width})
+
     def pairs(
         self,
         title: str,
@@ -189,7 +194,7 @@ class Report:
             axes.plot(steps, values, color=ACCENT, linewidth=1.4)
             axes.set_title(name, loc="left", fontsize=10, color=INK)
             axes.set_xlabel("step", fontsize=8, color=INK)
-            _tidy(axes)
+            tidy(axes)
         self.sections.append({"title": title, "chart": _svg(figure), "note": note})
 
     def histogram(self, title: str, counts: Tensor, note: str = "") -> None:
@@ -204,7 +209,11 @@ class Report:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("codes, most frequent first (dashed: all equally frequent)", fontsize=8, color=INK)
         axes.set_ylabel("share of tokens", fontsize=8, color=INK)
-        _tidy(axes)
+        tidy(axes)
+        self.sections.append({"title": title, "chart": _svg(figure), "note": note})
+
+    def figure(self, title: str, figure: Figure, note: str = "") -> None:
+        """A drawing of one's own; `tidy` gives its axes the look of the others."""
         self.sections.append({"title": title, "chart": _svg(figure), "note": note})
 
     def table(self, title: str, rows: Sequence[Mapping[str, Any]], note: str = "") -> None:
@@ -229,7 +238,7 @@ class Report:
         axes.set_ylim(0, 1)
         axes.set_xlabel("classes, lowest first (dashed: all pictures)", fontsize=8, color=INK)
         axes.set_ylabel(axis, fontsize=8, color=INK)
-        _tidy(axes)
+        tidy(axes)
         self.sections.append({"title": title, "chart": _svg(figure), "note": note})
 
     def html(self) -> str:
@@ -473,8 +482,12 @@ def _png(picture: Tensor) -> bytes:
     return buffer.getvalue()
 
 
+def _url(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64," + base64.b64encode(content).decode()
+
+
 def _data_url(picture: Tensor) -> str:
-    return "data:image/png;base64," + base64.b64encode(_png(picture)).decode()
+    return _url("png", _png(picture))
 
 
 def _svg(figure: Figure) -> Markup:
@@ -484,7 +497,8 @@ def _svg(figure: Figure) -> Markup:
     return Markup(text[text.index("<svg") :])
 
 
-def _tidy(axes: Any) -> None:
+def tidy(axes: Any) -> None:
+    """Axes in the style of the page."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):

@@ -10,7 +10,7 @@ from generators.masked import Masked, maskgit_from_published
 from generators.neighboring import Neighboring, nar_from_published, nar_video_from_published
 from generators.next_entity import ENTITIES, XAR, xar_from_published
 from generators.next_scale import NextScale, mvar_from_published, var_from_published
-from generators.next_token import NextToken, larp_ar_from_published, llamagen_from_published
+from generators.next_token import NextToken, d_ar_from_published, larp_ar_from_published, llamagen_from_published
 from generators.protocol import Generator
 from generators.rar import RAR, rar_from_published
 from layers.record import look_up
@@ -27,6 +27,7 @@ PUBLISHED = {
     "nar": nar_from_published,
     "nar-video": nar_video_from_published,
     "rar": rar_from_published,
+    "d-ar": d_ar_from_published,
 }
 
 

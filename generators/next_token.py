@@ -4,13 +4,15 @@ Source: "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generati
 A Llama decoder (RMSNorm, SwiGLU, no biases, 2-D rotary) reads [condition][tokens]; a class is one condition token, a
 caption up to 120. The rotary table is zero at the condition slots (cos = sin = 0): what follows sees them with logit 0.
 LARP (Wang et al. 2024, arXiv:2410.21264, sec. 3.4): the same on the tokens of clips, with an absolute table instead; it
-continues a clip whose tokens, and a separator after them, are the condition.
+continues a clip whose tokens, and a separator after them, are the condition. D-AR (Gao & Shou 2025, arXiv:2505.23660): the
+same on a line of tokens, with 1-D rotary places that count the condition's slots.
 
 Letters: R branches of guidance, B samples, b rows (R * B), T condition slots, L tokens, l new positions, D width.
 
 Decoding keeps, in the state, a static cache of T + L slots a layer. Slot T - 1 + j holds the j-th committed token (j from
 1); exactly one input is always still to be fed: the newest committed token, or the condition when there is none yet. So
-`step` is one forward over that input, `score` one over it and a draft, and rejected slots are simply written again.
+`step` is one forward over that input, `score` one over it and a draft, and rejected slots are simply written again. The
+nodes of a tree take a slot each after the newest token, and are placed by their depth; those accepted move up.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 from generators.protocol import Generator, Prediction, State, one_state
 from heads.categorical import Categorical
 from heads.protocol import Head
-from layers.attention import Attention, KVCache, causal_mask
+from layers.attention import Attention, KVCache, ancestor_mask, causal_mask, tree_mask
 from layers.condition import LabelEmbedding, TextEmbedding, check_labels, drop_condition
 from layers.keymap import Join, Target, translate
 from layers.noise import Noise
@@ -105,11 +107,13 @@ class GivenClip(nn.Module):
 
 @dataclass
 class NextTokenState(State):
-    """prefix (b, T, D): the embedded condition; readable bool (b, T + L), False at padded text slots, or None;
-    reach: no row has more committed tokens than this (a number on the host); prefilled: the condition is in the cache."""
+    """prefix (b, T, D): the embedded condition; readable bool (b, slots), False at padded text slots, or None;
+    reach: no row has more committed tokens than this (a number on the host); prefilled: the condition is in the cache;
+    told (b, T - 1, D): last hidden states of the condition, once it is, but for the slot that predicts the first token."""
 
     prefix: Tensor = None
     readable: Tensor | None = None
+    told: Tensor | None = None
     caches: Sequence[KVCache] = ()
     reach: int = 0
     prefilled: bool = False
@@ -119,10 +123,11 @@ class NextToken(Generator):
     """Causal transformer over the tokens of `spec`, in layout order.
 
     num_classes, text_dim (with text_slots) or clip_tokens, the number of tokens of a given clip, says what it is
-    conditioned by. positions: rotary over the axes of the layout, or an absolute table, learned or of fixed sines, one row
-    a slot, added to the embedded sequence. mlp_hidden None: 8/3 dim, rounded up to 256. dropout falls on both residual
-    branches, token_dropout on the embedded sequence, condition_drop is the share of conditions replaced by the null one in
-    `loss`, in training mode; a clip has none. Raises ValueError for a spec it cannot serve.
+    conditioned by. positions: rotary over the axes of the layout; rotary_line, over the whole sequence as one axis, condition
+    included; or an absolute table, learned or of fixed sines (sincos), one row a slot, added to the embedded sequence.
+    mlp_hidden None: 8/3 dim, rounded up to 256. dropout falls on both residual branches, token_dropout on the embedded
+    sequence, condition_drop is the share of conditions replaced by the null one in `loss`, in training mode; a clip has none.
+    Raises ValueError for a spec it cannot serve.
     """
 
     undecayed = ("position",)
@@ -138,7 +143,7 @@ class NextToken(Generator):
         text_slots: int = 120,
         clip_tokens: int | None = None,
         head: Callable[[int, TokenSpec], Head] = Categorical,
-        positions: Literal["rotary", "learned", "sincos"] = "rotary",
+        positions: Literal["rotary", "rotary_line", "learned", "sincos"] = "rotary",
         kv_heads: int | None = None,
         mlp_hidden: int | None = None,
         theta: float = 10_000.0,
@@ -156,8 +161,8 @@ class NextToken(Generator):
             raise ValueError(f"NextToken predicts discrete tokens, the tokenizer makes continuous ones: {spec}")
         if isinstance(spec.layout, Pyramid):
             raise ValueError(f"NextToken needs a Grid or a Sequence, the tokenizer makes a Pyramid: {spec}")
-        if positions not in ("rotary", "learned", "sincos"):
-            raise ValueError(f"NextToken: positions is {positions!r}, must be rotary, learned or sincos")
+        if positions not in ("rotary", "rotary_line", "learned", "sincos"):
+            raise ValueError(f"NextToken: positions is {positions!r}, must be rotary, rotary_line, learned or sincos")
         self.spec, self.condition_drop = spec, condition_drop
         if num_classes is not None:
             self.condition = LabelEmbedding(num_classes, dim)
@@ -178,6 +183,8 @@ class NextToken(Generator):
         if positions == "rotary":
             table = rotary_table(layout_places(spec.layout), dim // heads, theta)
             rotary = with_zero_slots(table, self.condition.slots)[None]
+        elif positions == "rotary_line":
+            rotary = rotary_table(torch.arange(slots + 1)[:, None], dim // heads, theta)[None]
         self.register_buffer("rotary", rotary, persistent=False)  # (1, T + L, d/2, 2)
         if positions == "learned":
             self.position = nn.Parameter(torch.randn(slots, dim) * 0.02)
@@ -227,8 +234,11 @@ class NextToken(Generator):
         *,
         fixed: tuple[Tensor, Tensor] | None = None,
         length: int | None = None,
+        room: int = 0,
     ) -> NextTokenState:
-        """Raises ValueError for a class id out of range, or a length outside [1, L]."""
+        """room: slots of the cache beyond the tokens, one for each node of a tree but the first.
+
+        Raises ValueError for a class id out of range, or a length outside [1, L]."""
         rows, device = branches[0].rows, self.embed.weight.device
         length = self.spec.length if length is None else length
         if not 1 <= length <= self.spec.length:
@@ -237,7 +247,7 @@ class NextToken(Generator):
             check_labels(branches[0].label, self.condition.num_classes)
         joined = stack(list(branches))
         prefix = self._prefix(joined)
-        slots = self.condition.slots + length
+        slots = self.condition.slots + length + room
         first = self.trunk.blocks[0].attention
         return NextTokenState(
             tokens=torch.zeros(rows, self.spec.length, dtype=torch.int64, device=device),
@@ -258,35 +268,55 @@ class NextToken(Generator):
             raise ValueError("NextToken predicts one token a step; to test a draft ask `score`")
         return self.score(state, state.tokens[:, :0])
 
-    def score(self, state: NextTokenState, draft: Tensor) -> Prediction:
-        """draft (B, n) of the next n tokens -> the n + 1 laws: of each given those before it, and of the one after."""
+    def score(self, state: NextTokenState, draft: Tensor, parents: Tensor | None = None) -> Prediction:
+        """draft (B, n) of the next n tokens -> the n + 1 laws: of each given those before it, and of the one after.
+
+        parents int64 (n + 1,) or (B, n + 1): of a tree whose node 0, of parent -1, is the newest committed token, and whose
+        other nodes are the draft, a parent before its children -> the law after each node. It needs `room` for n.
+        """
         condition_slots, total = self.condition.slots, state.rounds
-        branches = len(state.prefix) // len(state.tokens)
-        offset = torch.arange(draft.shape[1] + 1, device=draft.device)
+        branches, nodes = len(state.prefix) // len(state.tokens), draft.shape[1] + 1
+        family, depth = family_tree(parents, nodes, draft.device)
         newest = state.tokens.gather(1, (state.length - 1).clamp_min(0)[:, None])
         x = repeat(self.embed(torch.cat((newest, draft), dim=1)), "B l d -> (R B) l d", R=branches)
-        slots = repeat(condition_slots - 1 + state.length[:, None] + offset, "B l -> (R B) l", R=branches)
+        slots, places = spread(state, depth, nodes, condition_slots)
         if state.prefilled:
             empty = repeat(state.length == 0, "B -> (R B) 1 1", R=branches)  # after a rewind to the start
             x = torch.cat((torch.where(empty, state.prefix[:, -1:], x[:, :1]), x[:, 1:]), dim=1)
         else:
             x = torch.cat((state.prefix, x[:, 1:]), dim=1)
-            slots = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-        slots = slots.clamp_max(condition_slots + total - 1)  # a finished row idles in the last slot
+            before = torch.arange(condition_slots - 1, device=x.device).expand(len(x), -1)
+            slots, places = (torch.cat((before, own), dim=1) for own in (slots, places))
+        slots = slots.clamp_max(state.caches[0].slots - 1)  # what lies beyond the last token idles there
+        places = places.clamp_max(condition_slots + total - 1)
         if self.position is not None:
-            x = x + self.position[slots.clamp_max(len(self.position) - 1)]
-        rotary = None if self.rotary is None else self.rotary[0][slots]
-        span = min(round_up(condition_slots + state.reach + draft.shape[1], SPAN), condition_slots + total)
-        mask = self._mask(slots, state.readable, span)
+            x = x + self.position[places.clamp_max(len(self.position) - 1)]
+        rotary = None if self.rotary is None else self.rotary[0][places]
+        span = min(round_up(condition_slots + state.reach + nodes - 1, SPAN), state.caches[0].slots)
+        mask = self._mask(slots, state.readable, span, family)
         z = self.trunk(x, rotary, mask=mask, caches=state.caches, slots=slots, span=span)
-        z = rearrange(z[:, -len(offset) :], "(R B) l d -> R B l d", R=branches)
+        if not state.prefilled:
+            state.told = z[:, : condition_slots - 1]
+        z = rearrange(z[:, -nodes:], "(R B) l d -> R B l d", R=branches)
         state.nfe += 1
-        positions = (state.length[:, None] + offset).clamp_max(total - 1)
+        positions = (state.length[:, None] + depth).clamp_max(total - 1)
         return Prediction(self.head, z, positions, positions, total, keep=1)
 
-    def commit(self, state: NextTokenState, positions: Tensor, tokens: Tensor, keep: Tensor | None = None) -> None:
-        """positions must continue each row; keep (B, m) True on a prefix of them."""
-        append(state, positions, tokens, keep)
+    def commit(
+        self,
+        state: NextTokenState,
+        positions: Tensor,
+        tokens: Tensor,
+        keep: Tensor | None = None,
+        path: Tensor | None = None,
+    ) -> None:
+        """positions must continue each row; keep (B, m) True on a prefix of them.
+
+        path int64 (B, depth): the nodes of the tree scored last that tokens are, in order, -1 beyond them.
+        """
+        if path is not None:
+            follow(state, path, self.condition.slots)
+        append(state, tokens, keep)
 
     def rewind(self, state: NextTokenState, length: Tensor) -> None:
         """Forget all but the first length[b] tokens of row b, int64 (B,)."""
@@ -304,25 +334,71 @@ class NextToken(Generator):
         rest = condition.text_mask.new_ones(condition.rows, slots - self.condition.slots)
         return torch.cat((condition.text_mask, rest), dim=1)
 
-    def _mask(self, slots: Tensor, readable: Tensor | None, span: int | None = None) -> Tensor:
-        """Each query sees the readable slots up to its own, and always itself: (b, 1, l, span)."""
-        mask = causal_mask(slots, span or slots.shape[1])
+    def _mask(
+        self, slots: Tensor, readable: Tensor | None, span: int | None = None, family: Tensor | None = None
+    ) -> Tensor:
+        """Each query sees the readable slots up to its own, and always itself: (b, 1, l, span). family: of `draft_mask`."""
+        mask = draft_mask(slots, span or slots.shape[1], family)
         if readable is not None:
             own = torch.arange(mask.shape[-1], device=slots.device) == slots[..., None]
             mask = mask & readable[:, None, : mask.shape[-1]] | own
         return mask[:, None]
 
 
-def append(state: NextTokenState, positions: Tensor, tokens: Tensor, keep: Tensor | None) -> None:
-    """positions (B, m) continue each row of a state of raster order; keep (B, m) is True on a prefix of them."""
-    if keep is None:
-        keep = torch.ones_like(positions, dtype=torch.bool)
-    state.tokens.scatter_(1, positions, torch.where(keep, tokens, state.tokens.gather(1, positions)))
-    state.known.scatter_(1, positions, keep | state.known.gather(1, positions))
-    state.length = state.length + keep.sum(1)
-    state.reach = min(state.reach + positions.shape[1], state.rounds)
+def family_tree(parents: Tensor | None, nodes: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
+    """parents int64 (N,) or (B, N), or None for a chain -> bool (1 or B, N, N) of `ancestor_mask`, None for a chain; and
+    the depth of each node (1 or B, N), or (N,)."""
+    if parents is None:
+        return None, torch.arange(nodes, device=device)
+    family = ancestor_mask(parents if parents.dim() == 2 else parents[None])
+    return family, family.sum(-1) - 1
+
+
+def spread(state: NextTokenState, depth: Tensor, nodes: int, condition_slots: int) -> tuple[Tensor, Tensor]:
+    """For the newest token and a draft after it: the slots that they take, and those of the tokens whose places they have,
+    int64 (b, N) each."""
+    first = condition_slots - 1 + state.length[:, None]
+    order, branches = torch.arange(nodes, device=first.device), len(state.prefix) // len(state.tokens)
+    slots, places = (repeat(first + ahead, "B l -> (R B) l", R=branches) for ahead in (order, depth))
+    return slots, places
+
+
+def draft_mask(slots: Tensor, span: int, family: Tensor | None) -> Tensor:
+    """slots int64 (b, l) of the queries -> bool (b, l, span): each sees what is before it. family bool (1 or B, N, N): the
+    last N queries are a tree, and see of it what this says."""
+    mask = causal_mask(slots, span)
+    if family is None:
+        return mask
+    nodes, branches = family.shape[-1], len(slots) // len(family) if len(family) > 1 else 1
+    tree = tree_mask(slots[:, -nodes], family.repeat(branches, 1, 1), span)
+    return torch.cat((mask[:, :-nodes], tree), dim=1)
+
+
+def append(state: NextTokenState, tokens: Tensor, keep: Tensor | None) -> None:
+    """tokens (B, m) continue each row of a state of raster order; keep (B, m) is True on a prefix of them. Those beyond
+    the last place are dropped."""
+    m = tokens.shape[1]
+    count = torch.full_like(state.length, m) if keep is None else keep.sum(1)
+    count = torch.minimum(count, state.rounds - state.length)
+    offset = torch.arange(state.tokens.shape[1], device=tokens.device) - state.length[:, None]
+    fresh = (offset >= 0) & (offset < count[:, None])
+    state.tokens = torch.where(fresh, tokens.gather(1, offset.clamp(0, m - 1)), state.tokens)
+    state.known = state.known | fresh
+    state.length = state.length + count
+    state.reach = min(state.reach + m, state.rounds)
     state.round += 1
     state.prefilled = True
+
+
+def follow(state: NextTokenState, path: Tensor, condition_slots: int) -> None:
+    """Move what the cache holds of the accepted nodes of a tree, path int64 (B, depth), to where committed tokens stand."""
+    order = 1 + torch.arange(path.shape[1], device=path.device)
+    first = condition_slots - 1 + state.length[:, None]
+    source = first + torch.where(path >= 0, path, order)  # what was not accepted stays where it is
+    branches = len(state.prefix) // len(path)
+    source, target = (repeat(slots, "B l -> (R B) l", R=branches) for slots in (source, first + order))
+    for cache in state.caches:
+        cache.move(source, target)
 
 
 def truncate(state: NextTokenState, length: Tensor) -> None:
@@ -338,6 +414,7 @@ def round_up(n: int, multiple: int) -> int:
 
 # ---- published weights
 
+LLAMAGEN_CODES = 16384  # of its tokenizer's codebook, and of D-AR's
 LLAMAGEN_KEYS = {  # theirs -> ours; None: ignored, for the reason beside it
     "cls_embedding.embedding_table.weight": "condition.table.weight",
     "cls_embedding.cap_proj.fc1.weight": "condition.mlp.fc1.weight",
@@ -381,22 +458,50 @@ def llamagen_from_published(state: Mapping[str, Tensor], config: Mapping[str, An
     """
     side = int(config.get("block_size", 256) ** 0.5)
     pixels = side * config.get("downsample", 16)
-    vocab_size = config.get("vocab_size", 16384)
+    spec = TokenSpec(
+        Grid(1, side, side), decoded=(1, pixels, pixels), vocab_size=config.get("vocab_size", LLAMAGEN_CODES)
+    )
+    return _llama(state, config, spec, LLAMAGEN_KEYS, "rotary")
+
+
+def d_ar_from_published(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> NextToken:
+    """D-AR's generator of the tokens of a line, under the constructor arguments of the original configuration; `image_size`
+    beside them says what the tokens decode to. As `llamagen_from_published` otherwise.
+    """
+    state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}  # of a compiled model
+    pixels = config.get("image_size", 256)
+    spec = TokenSpec(
+        Line(config.get("block_size", 256)),
+        decoded=(1, pixels, pixels),
+        vocab_size=config.get("vocab_size", LLAMAGEN_CODES),
+    )
+    keys = {key: ours for key, ours in LLAMAGEN_KEYS.items() if key != "freqs_cis"}
+    return _llama(state, config, spec, keys, "rotary_line")
+
+
+def _llama(
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    spec: TokenSpec,
+    keys: Mapping[str, Target],
+    positions: Literal["rotary", "rotary_line"],
+) -> NextToken:
     captions = config.get("model_type", "c2i") == "t2i"
     slots = config.get("cls_token_num", 120 if captions else 1)
     with init_empty_weights(include_buffers=False):  # no memory and no time for weights that are replaced at once
         model = NextToken(
-            TokenSpec(Grid(1, side, side), decoded=(1, pixels, pixels), vocab_size=vocab_size),
+            spec,
             num_classes=None if captions else config.get("num_classes", 1000),
             text_dim=config.get("caption_dim", 2048) if captions else None,
             text_slots=slots,
+            positions=positions,
             **llama_arguments(config),
         )
 
     def first_rows(null: Tensor) -> Tensor:  # the file keeps 120 rows whatever the number of condition slots
         return null[:slots]
 
-    keys = {**LLAMAGEN_KEYS, "cls_embedding.uncond_embedding": ("condition.null", first_rows)}
+    keys = {**keys, "cls_embedding.uncond_embedding": ("condition.null", first_rows)}
     model.load_state_dict(translate(state, keys, model.state_dict()), assign=True)
     return model.float().eval()
 

@@ -29,12 +29,22 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from generators.next_token import SPAN, NextTokenState, append, round_up, truncate
+from generators.next_token import (
+    SPAN,
+    NextTokenState,
+    append,
+    draft_mask,
+    family_tree,
+    follow,
+    round_up,
+    spread,
+    truncate,
+)
 from generators.protocol import Generator, Prediction, one_state
 from heads.categorical import Categorical
 from heads.protocol import Head
 from layers.adaln import Modulation, modulate
-from layers.attention import KVCache, causal_mask
+from layers.attention import KVCache
 from layers.condition import LabelEmbedding, check_labels, drop_condition
 from layers.keymap import Target, translate
 from layers.noise import Noise
@@ -247,8 +257,9 @@ class RAR(Generator):
         *,
         fixed: tuple[Tensor, Tensor] | None = None,
         length: int | None = None,
+        room: int = 0,
     ) -> RARState:
-        """Raises LabelError for a class id out of range, ValueError for a length outside [1, L]."""
+        """room: as NextToken. Raises LabelError for a class id out of range, ValueError for a length outside [1, L]."""
         rows, device = branches[0].rows, self.embed.weight.device
         length = self.spec.length if length is None else length
         if not 1 <= length <= self.spec.length:
@@ -257,7 +268,7 @@ class RAR(Generator):
             check_labels(branches[0].label, self.condition.num_classes)
         label = self.condition(stack(list(branches)))
         prefix = torch.cat((self.start.expand_as(label), label), dim=1)
-        attention, slots = self.trunk.blocks[0].attention, PREFIX + length
+        attention, slots = self.trunk.blocks[0].attention, PREFIX + length + room
         return RARState(
             tokens=torch.zeros(rows, self.spec.length, dtype=torch.int64, device=device),
             known=torch.zeros(rows, self.spec.length, dtype=torch.bool, device=device),
@@ -278,39 +289,49 @@ class RAR(Generator):
             raise ValueError("RAR predicts one token a step; to test a draft ask `score`")
         return self.score(state, state.tokens[:, :0])
 
-    def score(self, state: RARState, draft: Tensor) -> Prediction:
-        """draft (B, n) of the next n tokens -> the n + 1 laws: of each given those before it, and of the one after."""
-        total, branches = state.rounds, len(state.prefix) // len(state.tokens)
-        offset = torch.arange(draft.shape[1] + 1, device=draft.device)
+    def score(self, state: RARState, draft: Tensor, parents: Tensor | None = None) -> Prediction:
+        """draft (B, n) of the next n tokens -> the n + 1 laws: of each given those before it, and of the one after.
+        parents: the draft is a tree, as NextToken says."""
+        total, nodes = state.rounds, draft.shape[1] + 1
+        branches, last = len(state.prefix) // len(state.tokens), 1 + total  # where a finished row idles
+        family, depth = family_tree(parents, nodes, draft.device)
         newest = state.tokens.gather(1, (state.length - 1).clamp_min(0)[:, None])
         x = repeat(self.embed(torch.cat((newest, draft), dim=1)), "B l d -> (R B) l d", R=branches)
+        slots, places = spread(state, depth, nodes, PREFIX)
         if state.prefilled:
             empty = repeat(state.length == 0, "B -> (R B) 1 1", R=branches)  # after a rewind to the start
             x = torch.cat((torch.where(empty, state.prefix[:, 1:], x[:, :1]), x[:, 1:]), dim=1)
-            slots = repeat(1 + state.length[:, None] + offset, "B l -> (R B) l", R=branches)
         else:
             x = torch.cat((state.prefix, x[:, 1:]), dim=1)
-            slots = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-        last = 1 + total  # where a finished row idles
-        slots = slots.clamp_max(last)
-        if state.even:
+            slots, places = (torch.cat((torch.zeros_like(own[:, :1]), own), dim=1) for own in (slots, places))
+        slots, places = slots.clamp_max(state.caches[0].slots - 1), places.clamp_max(last)
+        if state.even and family is None:
             chunks, condition = self._modulation(state, 1 + state.reach if state.prefilled else 0, x.shape[1]), None
         else:
-            chunks, condition = None, state.prefix[:, 1:] + self.time[slots]
-        span = min(round_up(PREFIX + state.reach + draft.shape[1], SPAN), 1 + last)
-        mask = causal_mask(slots, span)[:, None]
-        x = x + state.places[slots]
+            chunks, condition = None, state.prefix[:, 1:] + self.time[places]
+        span = min(round_up(PREFIX + state.reach + nodes - 1, SPAN), state.caches[0].slots)
+        mask = draft_mask(slots, span, family)[:, None]
+        x = x + state.places[places]
         z = self.trunk(x, chunks, condition, mask, state.caches, slots, span)
         z = self._finish(z, self.norm_modulation(condition) if chunks is None else chunks[-1])
-        z = rearrange(z[:, -len(offset) :], "(R B) l d -> R B l d", R=branches)
+        z = rearrange(z[:, -nodes:], "(R B) l d -> R B l d", R=branches)
         state.nfe += 1
-        positions = (state.length[:, None] + offset).clamp_max(total - 1)
+        positions = (state.length[:, None] + depth).clamp_max(total - 1)
         return Prediction(self.head, z, positions, positions, total, keep=1)
 
-    def commit(self, state: RARState, positions: Tensor, tokens: Tensor, keep: Tensor | None = None) -> None:
-        """positions must continue each row; keep (B, m) True on a prefix of them."""
+    def commit(
+        self,
+        state: RARState,
+        positions: Tensor,
+        tokens: Tensor,
+        keep: Tensor | None = None,
+        path: Tensor | None = None,
+    ) -> None:
+        """positions must continue each row; keep (B, m) True on a prefix of them; path: as NextToken."""
         state.even = state.even and keep is None
-        append(state, positions, tokens, keep)
+        if path is not None:
+            follow(state, path, PREFIX)
+        append(state, tokens, keep)
 
     def rewind(self, state: RARState, length: Tensor) -> None:
         """Forget all but the first length[b] tokens of row b, int64 (B,)."""

@@ -6,6 +6,7 @@ A mask is bool, True where a query may look.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil, log2
 
 import torch
 from einops import rearrange
@@ -27,6 +28,10 @@ class KVCache:
         empty = like.new_zeros(rows, slots, kv_heads, head_dim)
         return cls(empty, torch.zeros_like(empty))
 
+    @property
+    def slots(self) -> int:
+        return self.keys.shape[1]
+
     def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """slots int64 (b, l), each row its own; keys, values (b, l, g, d)."""
         rows = torch.arange(len(slots), device=slots.device)[:, None]
@@ -37,6 +42,11 @@ class KVCache:
         """keys, values (b, l, g, d) to the l slots from `start` on, the same in every row."""
         self.keys[:, start : start + keys.shape[1]] = keys
         self.values[:, start : start + values.shape[1]] = values
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """What the slots `source` hold goes to the slots `target`, int64 (b, l) each."""
+        rows = torch.arange(len(source), device=source.device)[:, None]
+        self.write(target, self.keys[rows, source], self.values[rows, source])
 
 
 class Attention(nn.Module):
@@ -85,6 +95,27 @@ class Attention(nn.Module):
 def causal_mask(queries: Tensor, span: int) -> Tensor:
     """queries int64 (..., l): the slot each query stands in -> bool (..., l, span), True up to its own slot."""
     return torch.arange(span, device=queries.device) <= queries[..., None]
+
+
+def ancestor_mask(parents: Tensor) -> Tensor:
+    """parents int64 (..., N) of the nodes of a tree, -1 of its root -> bool (..., N, N): node i may look at node j, an
+    ancestor or itself."""
+    nodes = parents.shape[-1]
+    own = torch.eye(nodes, device=parents.device)
+    reach = own + F.one_hot(parents + 1, nodes + 1)[..., 1:]
+    for _ in range(ceil(log2(max(nodes, 2)))):  # reach of twice as many generations each time
+        reach = (reach @ reach).clamp_max(1)
+    return reach > 0
+
+
+def tree_mask(first: Tensor, family: Tensor, span: int) -> Tensor:
+    """first int64 (b,): the slot of node 0, the others follow it; family bool (1 or b, N, N) of `ancestor_mask` -> bool
+    (b, N, span): a node looks at all slots before the tree, and within it at its family."""
+    nodes = family.shape[-1]
+    offset = torch.arange(span, device=first.device) - first[:, None]  # (b, span)
+    own = offset.clamp(0, nodes - 1)[:, None].expand(-1, nodes, -1)
+    related = family.expand(len(first), -1, -1).gather(2, own)
+    return (offset < 0)[:, None] | related & (offset >= 0)[:, None] & (offset < nodes)[:, None]
 
 
 def block_causal_mask(sizes: Sequence[int], device: torch.device | str | None = None) -> Tensor:

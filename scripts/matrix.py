@@ -50,6 +50,12 @@ SMALL_VQ = {
     "res_blocks": 1,
 }
 SMALL_KL = {"image_size": PIXELS, "channels": 2, "width": 4, "mult": [1, 2, 2], "res_blocks": 1, "groups": 2}
+SMALL_TITOK = {"encoder_dim": WIDTH, "encoder_depth": 1, "encoder_heads": 2, "encoder_patch": 4}
+SMALL_TITOK |= {"decoder_dim": WIDTH, "decoder_depth": 1, "decoder_heads": 2, "decoder_patch": 4}
+SMALL_FLEXTOK = {"patch": 1, "encoder_dim": WIDTH, "encoder_depth": 1, "decoder_dim": WIDTH, "decoder_depth": 1}
+SMALL_FLEXTOK |= {"head_dim": 8, "frequencies": 16, "steps": 2}
+SMALL_DAR = {"encoder_patch": 4, "encoder_dim": WIDTH, "encoder_depth": 1, "code_dim": WIDTH, "code_depth": 1}
+SMALL_DAR |= {"flow_patch": 4, "flow_dim": WIDTH, "flow_depth": 1, "head_dim": 8}
 SMALL = {"dim": WIDTH, "depth": 2, "heads": 2, "num_classes": LABELS}
 
 TOKENIZERS = {
@@ -63,6 +69,15 @@ TOKENIZERS = {
         "MultiScaleVQTokenizer", quantizer=VECTORS, scales=[1, 2, 4], channels=4, mult=[1, 2, 2], res_blocks=1, groups=2
     ),
     "KLTokenizer": record("KLTokenizer", encoder_attention=[], **SMALL_KL),
+    "TiTokTokenizer": record("TiTokTokenizer", quantizer=VECTORS, image_size=PIXELS, tokens=16, **SMALL_TITOK),
+    "FlexTokTokenizer": record(
+        "FlexTokTokenizer",
+        quantizer=record("FSQ", levels=[4, 4, 4]),
+        autoencoder=record("KLTokenizer", encoder_attention=[], **SMALL_KL),
+        tokens=16,
+        **SMALL_FLEXTOK,
+    ),
+    "DARTokenizer": record("DARTokenizer", quantizer=VECTORS, image_size=PIXELS, tokens=16, groups=4, **SMALL_DAR),
 }
 GENERATORS = {
     "NextToken": record("NextToken", mlp_hidden=32, **SMALL),

@@ -40,6 +40,7 @@ from eval.files import write_json, write_whole
 from eval.networks import open_network
 from eval.pictures import PictureSet, from_batches
 from eval.pixels import from_uint8, to_uint8
+from eval.protocol import Protocol
 from eval.protocols.classifier import CLASSIFIER
 from eval.protocols.standins import RC512
 from eval.provenance import Origin
@@ -239,7 +240,14 @@ def sample(run: Run, labels: Tensor, seed: int, name: str) -> tuple[Tensor, int]
     return torch.cat(images), state.nfe
 
 
-def score(out: Path, data: str, images: Tensor, labels: Tensor, origin: Origin) -> dict[str, Any]:
+def score(
+    out: Path,
+    data: str,
+    images: Tensor,
+    labels: Tensor,
+    origin: Origin,
+    protocols: Sequence[Protocol] = (CLASSIFIER, RC512),
+) -> dict[str, Any]:
     """Pictures float (N, 3, H, W) of the classes `labels` against the held-out ones."""
     pictures = open_set(data, split="val", size=images.shape[-1])
 
@@ -256,7 +264,7 @@ def score(out: Path, data: str, images: Tensor, labels: Tensor, origin: Origin) 
         "rc512": open_network("rc512", "cpu", {}),
     }
     samples = PictureSet("samples", len(images), made, origin, labels, floats=True)
-    return evaluate([CLASSIFIER, RC512], samples, Reference(real), networks, batch_size=BATCH).record()
+    return evaluate(protocols, samples, Reference(real), networks, batch_size=BATCH).record()
 
 
 def activations(config: Config, run: Run) -> int:
@@ -266,7 +274,10 @@ def activations(config: Config, run: Run) -> int:
     stream = batches(cache, config["data"]["batch_size"], config["seed"], start_step=0, rank=0, world=1)
     tokens, condition = lesson(next(stream), run.tokenizer, torch.device("cpu"))
     generator, steps = run.generator.train(), config["train"]["steps"]
-    stages = {str(given): given for given in (generator.curriculum(step, steps) for step in range(steps))}
+    courses = (generator.curriculum(step, steps) for step in range(steps))
+    stages = {
+        str([v for v in given.values() if not isinstance(v, float)]): given for given in courses
+    }  # shares: one stage
     found = []
     for given in stages.values():
         with SavedActivations(generator) as saved:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from layers.record import look_up
 from tokenizers_vis import quantizers
+from tokenizers_vis.d_ar import DARTokenizer
+from tokenizers_vis.d_ar_published import d_ar_from_published
 from tokenizers_vis.flextok import FlexTokTokenizer
 from tokenizers_vis.flextok_published import flextok_from_published
 from tokenizers_vis.kl import KLTokenizer, kl16_from_published
@@ -29,6 +31,7 @@ CLASSES = {
             LARPTokenizer,
             TiTokTokenizer,
             FlexTokTokenizer,
+            DARTokenizer,
             CodeMixture,
         )
     },
@@ -42,6 +45,7 @@ PUBLISHED = {
     "larp": larp_from_published,
     "titok": titok_from_published,
     "flextok": flextok_from_published,
+    "d-ar": d_ar_from_published,
 }
 
 

@@ -73,7 +73,7 @@ def projected_guidance(
 
 
 def mode_times(uniform: Tensor, scale: float) -> Tensor:
-    """Numbers in [0, 1) -> training times, more of them in the middle where scale > 0.
+    """Numbers in [0, 1) -> training times, more of them in the middle where scale > 0, at the ends where < 0.
 
     Source: Esser et al. 2024, arXiv:2403.03206, sec. 3.1, mode sampling with heavy tails.
     """
@@ -260,16 +260,27 @@ class FlowDecoder(nn.Module):
         return self.patches.cells(self.readout(modulate(_norm(x[:, :of_patches]), scale, shift)))
 
 
-def _start(network: nn.Module) -> None:
-    """Xavier; modulations and readouts at zero."""
-    for module in network.modules():
+def _start(encoder: RegisterEncoder, decoder: FlowDecoder) -> None:
+    """As published: Xavier, and modulations and the decoder's readout at zero. But what enters the networks does so at unit
+    deviation, pictures at twice it, and the gates are open: else small networks learn the mean picture and lose the
+    registers on the way.
+    """
+    for module in (*encoder.modules(), *decoder.modules()):
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    zero = [network.readout, *(module.project for module in network.modules() if isinstance(module, Modulation))]
-    for linear in zero:
-        nn.init.zeros_(linear.weight)
+    for entry, strength in ((encoder.patches.project, 2), (decoder.patches.project, 1), (decoder.codes, 1)):
+        nn.init.normal_(entry.weight, std=strength * entry.in_features**-0.5)
+    for rows in (encoder.registers, decoder.places):
+        nn.init.normal_(rows)
+    for module in decoder.modules():
+        if isinstance(module, Modulation):
+            nn.init.zeros_(module.project.weight)
+    for block in decoder.blocks:
+        gates = block.modulation.project.bias.unflatten(0, (2, 6, -1))[:, :2]
+        nn.init.ones_(gates)
+    nn.init.zeros_(decoder.readout.weight)
 
 
 # ---- the tokenizer
@@ -296,7 +307,7 @@ class FlexTokTokenizer(Tokenizer):
         keep_law: How many tokens training keeps: uniform, powers, rounded (see `kept_tokens`).
         drop_condition: Share of the pictures that training decodes without any token, which guidance needs.
         time_law: Of the training times: uniform, logit_normal.
-        mode_scale: Moves uniform times to the middle (see `mode_times`).
+        mode_scale: Moves uniform times to the middle, a negative one to the ends (see `mode_times`).
         steps: Euler steps of `decode`.
         guidance: Scale of its guidance, u + scale (v - u); 1: none.
         projected: Whether that is `projected_guidance`.
@@ -375,8 +386,7 @@ class FlexTokTokenizer(Tokenizer):
             frequencies,
             time_scale,
         )
-        _start(self.encoder)
-        _start(self.decoder)
+        _start(self.encoder, self.decoder)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

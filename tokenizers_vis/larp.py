@@ -89,8 +89,9 @@ class LARPTokenizer(Tokenizer):
 
     video: (T, H, W). tokens: n. patch: (frames, rows, columns) of a patch. decoder_dim, decoder_depth, decoder_heads None:
     the encoder's. norm: of the vectors before the quantiser, a name of NORMS. learned: which of PLACES are learned tables
-    and not fixed sines; kinds: which have a learned vector of their own beside these. Raises ValueError for a clip that
-    the patches do not divide, a quantiser with more than one id a vector, heads that do not divide the width.
+    and not fixed sines; kinds: which have a learned vector of their own beside these. local_start: see `_start_locally`;
+    all PLACES must be learned, and a token be there for each patch. Raises ValueError for a clip that the patches do not
+    divide, a quantiser with more than one id a vector, heads that do not divide the width, a local start without these.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class LARPTokenizer(Tokenizer):
         norm: Literal["none", "batch and tokens", "batch", "channels", "tokens and channels"] = "none",
         learned: Sequence[str] = ("queries",),
         kinds: Sequence[str] = ("patches",),
+        local_start: bool = False,
     ) -> None:
         super().__init__()
         decoder_dim, decoder_heads = decoder_dim or dim, decoder_heads or heads
@@ -162,6 +164,51 @@ class LARPTokenizer(Tokenizer):
         nn.init.zeros_(self.patches.bias)
         nn.init.zeros_(self.out.weight)
         self.quantizer = quantizer
+        if local_start:
+            if tokens != self.grid.length or set(learned) != set(PLACES):
+                raise ValueError(
+                    f"LARPTokenizer: local_start needs a token a patch, {self.grid.length}, and learned {PLACES}; "
+                    f"got {tokens} tokens, learned {tuple(learned)}"
+                )
+            self._start_locally()
+
+    @torch.no_grad()
+    def _start_locally(self) -> None:
+        """Let query i begin by reading patch i, and the place of patch i by reading code i: a linear autoencoder of patches.
+
+        From the usual start a small model shows the mean clip for hundreds of steps, since every query reads the mean of
+        all patches. Here the first quarter of the channels is for places, random and the same on both sides, by which the
+        first blocks attend; what they carry lies in the other channels. All other branches begin silent.
+        """
+        for one, many, side in (
+            (self.at_queries, self.at_video, self.encoder),
+            (self.at_codes, self.at_patches, self.decoder),
+        ):
+            width = many.axis_0.shape[1]
+            marks = width // 4
+            for name in many.axes:
+                table = getattr(many, name)
+                table.copy_(torch.randn_like(table) / 3**0.5)
+                table[:, marks:] = 0
+            for places in (one, many):
+                if places.kind is not None:
+                    nn.init.zeros_(places.kind)
+            one.axis_0.copy_(many())
+            for number, block in enumerate(side.blocks):
+                nn.init.zeros_(block.mlp.fc2.weight)
+                if number:
+                    nn.init.zeros_(block.attn.proj.weight)
+            attention = side.blocks[0].attn
+            query, key, value = attention.qkv.weight.view(3, width, width)
+            query.copy_(2 * torch.randn_like(query) / marks**0.5)
+            query[:, marks:] = 0
+            key.copy_(query)
+            nn.init.orthogonal_(value[:, marks:])
+            value[:, :marks] = 0
+            attention.proj.weight.copy_(2 * value.t())
+        self.patches.weight[: self.at_video.axis_0.shape[1] // 4] = 0
+        self.to_code.weight[:, : self.to_code.in_features // 4] = 0
+        self.from_code.weight[: self.from_code.out_features // 4] = 0
 
     @property
     def last_layer(self) -> Tensor:

@@ -68,7 +68,7 @@ class Transformer(nn.Module):
 
 
 def _table(rows: int, dim: int) -> nn.Parameter:
-    return nn.Parameter(dim**-0.5 * torch.randn(rows, dim))
+    return nn.Parameter(torch.randn(rows, dim))  # as strong as what it is added to: places tell rows apart at once
 
 
 class LatentEncoder(nn.Module):

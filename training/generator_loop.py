@@ -37,6 +37,7 @@ from training.loop import (
 from training.run import RunFolder
 
 Sample = Callable[[Generator], Sequence[Tensor]]
+GIVEN_FRAMES = 5  # of 16, as LARP predicts frames (arXiv:2410.21264, sec. 4.1)
 
 
 def train_generator(
@@ -49,12 +50,14 @@ def train_generator(
     *,
     held_out: Sequence[Batch] = (),
     sample: Sample | None = None,
+    given_frames: int | None = None,
 ) -> None:
     """Train up to `options.steps`, from the newest checkpoint of `folder` on, and export the averaged weights.
 
     stream: batches with "label" and "tokens" (B, L), or "latent" or "image", of which the tokenizer makes tokens here.
     held_out: batches whose loss is reported; on every process its own. sample: the averaged generator -> rows of pictures
-    (N, 3, H, W) for a grid. Raises TrainingDiverged at a number that is not finite, NotWritten on a full disk.
+    (N, 3, H, W) for a grid. given_frames: as in `lesson`. Raises TrainingDiverged at a number that is not finite, NotWritten
+    on a full disk.
     """
     tokenizer.to(accelerator.device).eval().requires_grad_(False)
     model = Through(generator, generator.loss)
@@ -77,7 +80,7 @@ def train_generator(
         set_decay([optimizer], step, options)
         given = generator.curriculum(step, options.steps)
         for _ in range(options.accumulation):
-            tokens, condition = lesson(next(batches), tokenizer, accelerator.device)
+            tokens, condition = lesson(next(batches), tokenizer, accelerator.device, given_frames)
             journal.count(len(tokens))
             with accelerator.accumulate(model):
                 loss, parts = model(tokens, condition, **given)
@@ -93,7 +96,8 @@ def train_generator(
         if due(done, options.sample_every, options.steps):
             reseed(folder.seed, 0, rank)  # the same draws every time
             with evaluated(model, average):
-                losses = [model(*lesson(batch, tokenizer, accelerator.device))[0] for batch in held_out]
+                told = (lesson(batch, tokenizer, accelerator.device, given_frames) for batch in held_out)
+                losses = [model(*each)[0] for each in told]
                 rows = sample(generator) if sample else None
             if losses:
                 loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
@@ -111,9 +115,15 @@ def train_generator(
     accelerator.end_training()
 
 
-def lesson(batch: Batch, tokenizer: Tokenizer, device: torch.device) -> tuple[Tensor, Condition]:
+def lesson(
+    batch: Batch, tokenizer: Tokenizer, device: torch.device, given_frames: int | None = None
+) -> tuple[Tensor, Condition]:
     """Tokens and what they are about. Continuous tokens are drawn from the tokenizer's posterior, anew each time: here, or
-    by the cache that gives a latent."""
+    by the cache that gives a latent.
+
+    given_frames: the tokens go on from so many first frames of their own clip, whose tokens, the last frame standing
+    still, are the condition; None: they are about the label.
+    """
     batch, spec = to_device(batch, device), tokenizer.spec
     if "tokens" in batch:
         tokens = batch["tokens"]
@@ -123,4 +133,6 @@ def lesson(batch: Batch, tokenizer: Tokenizer, device: torch.device) -> tuple[Te
         images = batch["image"]
         size = (len(images), spec.length, spec.channels)
         tokens = tokenizer.encode(images, noise=None if spec.channels is None else torch.randn(size, device=device))
+    if given_frames is not None:
+        return tokens, Condition(clip=tokenizer.encode_start(batch["image"][:, :, :given_frames]))
     return tokens, Condition(label=batch["label"])

@@ -24,12 +24,17 @@ from layers.keymap import CheckpointMismatch
 from layers.record import UnknownName
 from sampling.sampler import Sampler
 from sampling.shards import SampleError
+from sampling.speculative.drafter import Drafter
 from tokenizers_vis.protocol import Tokenizer
+from training.alignment import FeatureAlignment
+from training.drafter_loop import DrafterLesson
+from training.generator_loop import GIVEN_FRAMES
 from training.larp_prior import LARPPrior
 from training.loop import TrainingDiverged, TrainOptions
 from training.losses import TokenizerObjective
 from training.published import PublishedError
 from training.run import CLASSES, NotWritten, RunError
+from training.samplers import SamplerError
 
 Config = dict[str, Any]
 REFUSED = re.compile(r"(?i:option '|key '|unrecognized arguments: --|import path string: |path but )([\w.]+)")
@@ -41,7 +46,7 @@ class ConfigError(ValueError):
 
 USERS = (  # errors whose message says what to do
     *(ConfigError, DataError, RunError, CheckpointError, CheckpointMismatch, UnknownName),
-    *(TrainingDiverged, NotWritten, LabelError, SampleError, PublishedError),
+    *(TrainingDiverged, NotWritten, LabelError, SampleError, SamplerError, PublishedError),
 )
 
 
@@ -62,19 +67,18 @@ def tokenizer_parser() -> ArgumentParser:
     )
     parser.add_class_arguments(TokenizerObjective, "objective")
     parser.add_subclass_arguments(LARPPrior, "prior", required=False, skip={"tokens", "channels"})
+    parser.add_subclass_arguments(FeatureAlignment, "alignment", required=False, skip={"channels"})
     return parser
 
 
 def generator_parser() -> ArgumentParser:
-    parser = _common(
-        "Train a generator on the tokens of a finished tokenizer run.", skip={"split", "classes", "size", "frames"}
-    )
+    parser = _on_tokens("Train a generator on the tokens of a finished tokenizer run.")
     parser.add_argument("--tokenizer_run", type=str, required=True, help="Run folder of the tokenizer.")
     parser.add_argument(
-        "--token_cache",
-        type=str | None,
+        "--data.given_frames",
+        type=int | None,
         default=None,
-        help="Train on the tokens of this cache (scripts/cache_tokens.py), not on pictures.",
+        help=f"First frames that a generator of what follows (clip_tokens) is given. Default: {GIVEN_FRAMES}.",
     )
     parser.add_argument(
         "--start_from",
@@ -84,6 +88,25 @@ def generator_parser() -> ArgumentParser:
     )
     parser.add_subclass_arguments(Generator, "generator", required=True, skip={"spec", "reader"})
     parser.add_class_arguments(Sampler, "sampler")
+    return parser
+
+
+def drafter_parser() -> ArgumentParser:
+    parser = _on_tokens("Train a drafter that continues the hidden states of a finished next-token generator.")
+    parser.add_argument("--target_run", type=str, required=True, help="Run folder of the generator.")
+    parser.add_class_arguments(Drafter, "drafter", skip={"spec", "dim", "slots"})
+    parser.add_class_arguments(DrafterLesson, "lesson")
+    return parser
+
+
+def _on_tokens(description: str) -> ArgumentParser:
+    parser = _common(description, skip={"split", "classes", "size", "frames"})
+    parser.add_argument(
+        "--token_cache",
+        type=str | None,
+        default=None,
+        help="Train on the tokens of this cache (scripts/cache_tokens.py), not on pictures.",
+    )
     return parser
 
 

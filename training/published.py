@@ -23,8 +23,10 @@ from generators.protocol import Generator
 from layers.checkpoint import checksum, read_places
 from layers.keymap import CheckpointMismatch
 from layers.record import look_up
+from tokenizers_vis.flextok_published import header_config
 from tokenizers_vis.protocol import Tokenizer
 
+OWN_CONFIG = {"flextok": header_config}  # families whose files say in their headers how they are built
 FROM_PUBLISHED = {"tokenizer": tokenizers_vis.from_published, "generator": generators.from_published}
 
 
@@ -148,11 +150,6 @@ def load_published(
             raise PublishedError(f"{name} is a tokenizer: pass its file as --weights, not as --tokenizer-weights")
         path = fetch(entry, weights)
         return Published(_load(entry, path, entry.config).to(device), None, {}, _provenance(entry, path))
-    if entry.tokenizer is None:
-        raise PublishedError(
-            f"{name}: the tokenizer that decodes its tokens cannot be loaded yet; its weights can be checked "
-            "(scripts/published.py check) and trained on from (start_from)"
-        )
     coder = find(entry.tokenizer)
     path, coder_path = fetch(entry, weights), fetch(coder, tokenizer_weights, "--tokenizer-weights")
     tokenizer = _load(coder, coder_path, coder.config | entry.tokenizer_config).to(device)
@@ -174,11 +171,19 @@ def generator_weights(name: str, weights: str | Path | None = None) -> dict[str,
 def _load(entry: Entry, path: Path, config: Mapping[str, Any], **given: Any) -> nn.Module:
     read = _read(path, [entry])
     try:
-        return FROM_PUBLISHED[entry.kind](entry.family, next(iter(read.values())), config, **given)
+        return FROM_PUBLISHED[entry.kind](
+            entry.family, next(iter(read.values())), _config(entry, path, config), **given
+        )
     except CheckpointMismatch as error:
         raise CheckpointMismatch(
             f"{path} is not {entry.name}: {error}\n`python scripts/published.py check {path}` says what it is"
         ) from error
+
+
+def _config(entry: Entry, path: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the file itself says of its wiring, where its family does so and it is there; else `config`."""
+    said = OWN_CONFIG[entry.family](path) if entry.family in OWN_CONFIG and path.suffix == ".safetensors" else {}
+    return said or config
 
 
 def _provenance(entry: Entry, path: Path) -> dict[str, Any]:
@@ -226,7 +231,7 @@ def check(file: str | Path, name: str | None = None) -> Report:
     seconds = perf_counter() - start
     shapes = {nested: {key: tensor.to("meta") for key, tensor in tensors.items()} for nested, tensors in read.items()}
     places = [(entry, place) for entry in tried for place in _places(entry, path) if place in read]
-    faults = {entry.name: _faults(entry, shapes[place]) for entry, place in reversed(places)}
+    faults = {entry.name: _faults(entry, path, shapes[place]) for entry, place in reversed(places)}
     sha256 = checksum(path)
 
     def rank(found: tuple[Entry, str | None]) -> tuple[int, bool, bool]:
@@ -238,7 +243,7 @@ def check(file: str | Path, name: str | None = None) -> Report:
     model = None
     if not faults[entry.name]:
         start = perf_counter()
-        model = FROM_PUBLISHED[entry.kind](entry.family, read[place], entry.config)
+        model = FROM_PUBLISHED[entry.kind](entry.family, read[place], _config(entry, path, entry.config))
         seconds += perf_counter() - start
     return Report(
         file=path,
@@ -269,10 +274,10 @@ def _read(path: Path, tried: Iterable[Entry]) -> dict[str | None, dict[str, Tens
     return read
 
 
-def _faults(entry: Entry, shapes: Mapping[str, Tensor]) -> tuple[str, ...]:
+def _faults(entry: Entry, path: Path, shapes: Mapping[str, Tensor]) -> tuple[str, ...]:
     """What keeps tensors of these shapes (on the meta device) from being the entry; empty: they are."""
     try:
-        FROM_PUBLISHED[entry.kind](entry.family, shapes, entry.config)
+        FROM_PUBLISHED[entry.kind](entry.family, shapes, _config(entry, path, entry.config))
     except CheckpointMismatch as error:
         return tuple(line.strip() for line in str(error).splitlines()[1:])
     return ()

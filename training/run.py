@@ -2,11 +2,12 @@
 
     runs/NAME/config.yaml          the whole resolved configuration
              run.json              kind, records and checksums of the modules, data set, step, seed, versions
-             tokenizer.safetensors generator.safetensors      the averaged weights
+             tokenizer.safetensors generator.safetensors drafter.safetensors      the averaged weights
              checkpoints/          what `--resume` needs (training/checkpoint.py)
              log.jsonl tensorboard/ samples/
 
-A generator's run holds a copy of its tokenizer, so every run can be moved and read by itself. Reading builds classes of
+A generator's run holds a copy of its tokenizer, so every run can be moved and read by itself. A drafter's names its target
+by checksums, and opens with that alone. Reading builds classes of
 this project's tables from plain values, and takes tensors from files whose checksum run.json states.
 """
 
@@ -35,12 +36,13 @@ from layers.checkpoint import CheckpointError, checksum, read_tensors, save_tens
 from layers.keymap import check_keys
 from layers.record import build, look_up
 from layers.spec import TokenSpec
+from sampling.speculative.drafter import Drafter
 from tokenizers_vis.protocol import Tokenizer
 
-CLASSES = {**tokenizers_vis.CLASSES, **generators.CLASSES, **heads.CLASSES}
+CLASSES = {**tokenizers_vis.CLASSES, **generators.CLASSES, **heads.CLASSES, Drafter.__name__: Drafter}
 LIBRARIES = ("arloom", "torch", "torchvision", "accelerate", "safetensors", "numpy")
 FREE = (  # what a resumed run may change: its length, its places, what it reports
-    r"out|resume|tokenizer_run|data\.(root|workers|held_out)|sampler\..*"
+    r"out|resume|tokenizer_run|target_run|data\.(root|workers|held_out)|sampler\..*"
     r"|train\.(steps|log_every|sample_every|save_every|keep_last|trackers)"
 )
 
@@ -69,6 +71,11 @@ class Run:
     def recipe(self) -> dict[str, Any]:
         """How the run itself draws its sample grids: arguments of Sampler, as plain values; none for a tokenizer's."""
         return yaml.safe_load((self.path / "config.yaml").read_text()).get("sampler", {})
+
+    @property
+    def given_frames(self) -> int | None:
+        """How many first frames of a clip its generator is told; None where something else conditions it."""
+        return yaml.safe_load((self.path / "config.yaml").read_text()).get("data", {}).get("given_frames")
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -122,9 +129,9 @@ def load_run(path: str | Path, device: torch.device | str = "cpu") -> Run:
     """
     path = Path(path)
     record = _read_record(path)
-    kind, modules = record["kind"], record["modules"]
-    if kind not in modules:
-        raise RunError(f"{path}: has no export yet (step {record['step']}); finish its training with --resume")
+    kind, modules = _exported(path, record), record["modules"]
+    if kind == "drafter":
+        raise RunError(f"{path}: holds a drafter for {record['target']['run']}; open that run, and this as its drafter")
     tokenizer = _load_module(path, modules["tokenizer"]).to(device)
     generator = None
     if kind == "generator":
@@ -134,6 +141,25 @@ def load_run(path: str | Path, device: torch.device | str = "cpu") -> Run:
         entry = modules["generator"]
         generator = _load_module(path, entry, **feeding(entry["record"], tokenizer)).to(device)
     return Run(path, kind, tokenizer, generator, tuple(record["data"]["classes"]), record)
+
+
+def load_drafter(path: str | Path, target: Run, device: torch.device | str = "cpu") -> Drafter:
+    """The drafter of a run, in eval mode on `device`, beside the target that it was trained for.
+
+    Raises RunError for another target or another kind of run, otherwise as `load_run` does.
+    """
+    path = Path(path)
+    record = _read_record(path)
+    kind = _exported(path, record)
+    if kind != "drafter":
+        raise RunError(f"{path}: holds a {kind}, not a drafter; see scripts/train_drafter.py")
+    made_for = record["target"]
+    if made_for["sha256"] != target.provenance["sha256"]:
+        raise RunError(
+            f"{path}: was trained on the features of another target than {target.path} (of {made_for['run']}, generator "
+            f"sha256 {made_for['sha256']['generator'][:12]}…); give that run, or train a drafter for this one"
+        )
+    return _load_module(path, record["modules"]["drafter"], spec=target.tokenizer.spec).to(device)
 
 
 def feeding(record: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -160,6 +186,13 @@ def _read_record(path: Path) -> dict[str, Any]:
         return json.loads(file.read_text())
     except ValueError as error:
         raise RunError(f"{file}: not valid JSON ({error}); copy the run again, or export it with --resume") from error
+
+
+def _exported(path: Path, record: Mapping[str, Any]) -> str:
+    """The kind of a run that has its export."""
+    if record["kind"] not in record["modules"]:
+        raise RunError(f"{path}: has no export yet (step {record['step']}); finish its training with --resume")
+    return record["kind"]
 
 
 def _load_module(folder: Path, entry: Mapping[str, Any], **given: Any) -> nn.Module:
@@ -214,7 +247,8 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 @dataclass(frozen=True)
 class RunFolder:
     """A run in training. record: class and arguments of the module that is trained; data: what its data set says of
-    itself, with "classes"; tokenizer: the finished run whose tokenizer a generator learns on."""
+    itself, with "classes"; tokenizer: the finished run whose tokenizer a generator learns on; target: the one whose generator
+    a drafter continues."""
 
     path: Path
     kind: str
@@ -222,11 +256,12 @@ class RunFolder:
     data: Mapping[str, Any]
     seed: int
     tokenizer: Run | None = None
+    target: Run | None = None
 
     def begin(self) -> None:
         """Write run.json without an export, and the copy of the tokenizer. A resumed run keeps what it has.
 
-        Raises RunError where it began with other classes or another tokenizer.
+        Raises RunError where it began with other classes, another tokenizer or another target.
         """
         if (self.path / "run.json").is_file():
             before = _read_record(self.path)
@@ -236,6 +271,8 @@ class RunFolder:
                 )
             if self.tokenizer and before["modules"]["tokenizer"]["sha256"] != self.tokenizer.tokenizer_sha256:
                 raise RunError(f"{self.path}: began with another tokenizer than that of {self.tokenizer.path}")
+            if self.target and before["target"]["sha256"] != self.target.provenance["sha256"]:
+                raise RunError(f"{self.path}: began with another target than {self.target.path}")
             return
         modules = {}
         if self.tokenizer is not None:
@@ -271,6 +308,7 @@ class RunFolder:
         content = {
             "kind": self.kind,
             "modules": modules,
+            **({} if self.target is None else {"target": self.target.provenance}),
             "data": self.data,
             "step": step,
             "seed": self.seed,

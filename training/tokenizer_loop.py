@@ -13,11 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from layers.spec import Pyramid
+from layers.spec import Sequence as Line
+from sampling.preview import shown_lengths
 from tokenizers_vis.protocol import Tokenizer
 from tokenizers_vis.quantizers.usage import code_counts, usage_metrics
+from training.alignment import WithAlignment
 from training.checkpoint import Checkpoints
 from training.ema import EMA
-from training.larp_prior import LARPPrior, WithPrior
+from training.larp_prior import WithPrior
 from training.loop import (
     Batch,
     Journal,
@@ -49,15 +52,15 @@ def train_tokenizer(
     accelerator: Accelerator,
     *,
     held_out: Sequence[Batch] = (),
-    prior: LARPPrior | None = None,
+    beside: WithPrior | WithAlignment | None = None,
 ) -> None:
     """Train up to `options.steps`, from the newest checkpoint of `folder` on, and export the averaged weights.
 
     held_out: batches whose reconstruction is scored, the first pictures shown above theirs; on every process its own.
-    prior: learns beside the tokenizer, whose term "prior" is its loss, and is not exported.
+    beside: the tokenizer and what learns beside it, which gives it one more term and is not exported.
     Raises TrainingDiverged at a number that is not finite, NotWritten on a full disk.
     """
-    model = tokenizer if prior is None else WithPrior(tokenizer, prior)
+    model = tokenizer if beside is None else beside
     optimizer = adamw(model, options)
     model, optimizer = accelerator.prepare(model, optimizer)
     in_training, optimizers = [model], [optimizer]
@@ -80,7 +83,7 @@ def train_tokenizer(
     for step in tqdm(range(first, options.steps), initial=first, total=options.steps, disable=rank > 0):
         reseed(folder.seed, step, rank)
         lr = set_lr(optimizers, step, options)
-        given = {} if prior is None else {"progress": step / options.steps}
+        given = {"progress": step / options.steps} if isinstance(beside, WithPrior) else {}
         for _ in range(options.accumulation):
             images = to_device(next(batches), accelerator.device)["image"]
             journal.count(len(images))
@@ -120,10 +123,12 @@ def train_tokenizer(
 def score(tokenizer: Tokenizer, held_out: Sequence[Batch], accelerator: Accelerator, picture: Path) -> dict[str, float]:
     """Mean squared error and PSNR of clamped reconstructions, range 2, mean over pictures; use of the codebook.
 
-    Of a pyramid of scales also the perplexity of each scale's codes and the PSNR of its decode with those before it.
+    Of a pyramid of scales also the perplexity of each scale's codes and the PSNR of its decode with those before it; of a
+    line of tokens whose first ones decode by themselves, the PSNR of some numbers of them (`sampling.preview.shown_lengths`).
     """
-    layout = tokenizer.spec.layout
-    prefixes = tokenizer.prefixes if isinstance(layout, Pyramid) else (layout.length,)
+    layout, prefixes = tokenizer.spec.layout, tokenizer.prefixes
+    if isinstance(layout, Line) and len(prefixes) > 1:
+        prefixes = shown_lengths(prefixes)
     errors, ids = [], []
     for batch in held_out:
         images = to_device(batch, accelerator.device)["image"]
@@ -148,4 +153,6 @@ def score(tokenizer: Tokenizer, held_out: Sequence[Batch], accelerator: Accelera
             scores[f"held_out_psnr_db_scale_{k}"] = psnr[k]
             if tokenizer.spec.vocab_size is not None:
                 scores[f"held_out_perplexity_scale_{k}"] = use(torch.cat(ids)[:, starts[k] : end])["perplexity"]
+    elif len(prefixes) > 1:
+        scores |= {f"held_out_psnr_db_of_{n}": psnr[k] for k, n in enumerate(prefixes)}
     return {name: value.item() for name, value in scores.items()}

@@ -70,7 +70,11 @@ def verify_chain(p: Tensor, q: Tensor, draft: Tensor, u: Tensor, weights: Tensor
     weights w, a number or (n,): 1 is exact; above 1 more is accepted at a known cost in law (`one_step_law`). After all n
     drafts comes a token of p_{n+1}. Greedy decoding is the same with one-hot p.
     """
-    weights = torch.as_tensor(weights, dtype=p.dtype, device=p.device).expand(draft.shape[1])
+    n = draft.shape[1]  # filled on the device: no copy for it to wait for
+    weights = (
+        weights.to(p) if isinstance(weights, Tensor) else torch.full((n,), weights, dtype=p.dtype, device=p.device)
+    )
+    weights = weights.expand(n)
     accept_prob = ratio(weights * pick(p[:, :-1], draft), pick(q, draft))
     count = leading(u < accept_prob)
     target, drafted = (
@@ -113,9 +117,11 @@ def weighted_law(p: Tensor, q: Tensor, weights: Tensor | float) -> Tensor:
     return one_step_law(kept, residual(p, kept))
 
 
-def falling_weights(n: int, delta: float, decay: float = 0.7, mu: float = 0.0) -> Tensor:
+def falling_weights(
+    n: int, delta: float, decay: float = 0.7, mu: float = 0.0, device: torch.device | str | None = None
+) -> Tensor:
     """Cool-SD's weights delta exp(-decay i - mu) of drafts i = 0 to n - 1: early ones are relaxed the most. float64 (n,)."""
-    return delta * torch.exp(-decay * torch.arange(n, dtype=torch.float64) - mu)
+    return delta * torch.exp(-decay * torch.arange(n, dtype=torch.float64, device=device) - mu)
 
 
 def expected_tokens(alpha: Tensor, n: int) -> Tensor:

@@ -98,13 +98,16 @@ class Drafter(nn.Module):
             x = block(x, rotary=self.rotary[None, : x.shape[1]], causal=True)
         return x
 
-    def loss(self, features: Tensor, tokens: Tensor, readout: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, features: Tensor, tokens: Tensor, readout: Tensor, fed: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Distance of the outputs from the next features, and of the laws that both make under readout (V, D).
 
         features, tokens as in forward. Positions of the condition and the last one do not count; each term is summed over
-        the others of the batch and divided by their number.
+        the others of the batch and divided by their number. fed (b, T, D): noisy features that are read in place of those
+        aimed at.
         """
-        out, target = self(features, tokens)[:, self.slots : -1], features[:, self.slots + 1 :]
+        out, target = self(features if fed is None else fed, tokens)[:, self.slots : -1], features[:, self.slots + 1 :]
         count = out.shape[0] * out.shape[1] + 1e-5
         distance = F.smooth_l1_loss(out, target, reduction="none").mean(-1).sum() / count
         aim, log_law = (F.linear(x, readout).float() for x in (target, out))
@@ -128,14 +131,14 @@ class Drafter(nn.Module):
 
     def observe(self, state: DrafterState, features: Tensor, tokens: Tensor, count: Tensor | None = None) -> None:
         """Feed newly committed inputs: features (b, l, D), tokens int64 (b, l), of which the first count int64 (B,) are
-        real, at least one; all when None."""
+        real; all when None. A row without any is done, its root means nothing."""
         if count is None:
             count = torch.full_like(state.length, tokens.shape[1])
         branches = len(tokens) // len(state.length)
         slots = repeat(state.length, "B -> (R B) 1", R=branches) + torch.arange(tokens.shape[1], device=tokens.device)
         mask = causal_mask(slots, state.caches[0].keys.shape[1])[:, None]
         x = self._cached(state, self._fused(features, tokens), slots, slots, mask)
-        last = repeat(count - 1, "B -> (R B) 1 d", R=branches, d=x.shape[-1])
+        last = repeat((count - 1).clamp_min(0), "B -> (R B) 1 d", R=branches, d=x.shape[-1])
         state.root = x.gather(1, last).squeeze(1)
         state.length = state.length + count
 

@@ -72,7 +72,8 @@ def _around(logits: Tensor, draft: Tensor, half: int) -> tuple[Tensor, Tensor]:
     """Tokens int64 (..., 2 half) of a window, and which of these places it has, bool; the others hold the draft."""
     size = logits.shape[-1]
     bits = (logits.float() + 0.0).view(torch.int32)  # of one zero, not two
-    key = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() * size + torch.arange(size, device=logits.device)
+    bits ^= (bits >> 31) & 0x7FFFFFFF  # the larger a negative number, the smaller its bits were
+    key = bits.long().mul_(size).add_(torch.arange(size, device=logits.device))
     own = pick(key, draft)[..., None]  # keys are all different, and in the order of logits, then of index
     if size < 2 * half:
         order, rank = key.argsort(dim=-1), (key < own).sum(-1, keepdim=True)

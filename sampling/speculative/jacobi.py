@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from layers.record import look_up
 from sampling.sampler import inverse_cdf
-from sampling.speculative.acceptance import leading, pick, ratio, residual, row_after
+from sampling.speculative.acceptance import Verdict, leading, pick, ratio, residual, verify_chain
 
 ABSENT = -1  # stands where a window holds no token
 
@@ -62,13 +62,19 @@ def iterate(p: Tensor, q: Tensor, draft: Tensor, settled: Tensor, u: Tensor, red
 
     A rejected draft is replaced from norm(max(p - q, 0)); after L - 1 accepted drafts comes the last settled token.
     """
-    length = settled.shape[1]
-    accepted = leading(u < ratio(pick(p[:, :-1], draft), pick(q, draft)))
-    law = residual(row_after(p, accepted), row_after(F.pad(q, (0, 0, 0, 1)), accepted))
-    after = torch.where(accepted == length - 1, settled[:, -1], inverse_cdf(law.double(), redraw.double()))
+    verdict = verify_chain(p, q, draft, u)
+    return settle(p, verdict, draft, settled, redraw[:, None].expand(-1, settled.shape[1]))
+
+
+def settle(p: Tensor, verdict: Verdict, draft: Tensor, settled: Tensor, redraw: Tensor) -> Step:
+    """What follows a test of the drafts by any rule. redraw (B, L) uniform in [0, 1), of every place; the others as in
+    `iterate`."""
+    length, accepted = settled.shape[1], verdict.count[:, None]
+    drawn = inverse_cdf(verdict.law.double(), redraw.gather(1, accepted)[:, 0].double())
+    after = torch.where(verdict.count == length - 1, settled[:, -1], drawn)
     place = torch.arange(length, device=p.device)
-    tokens = torch.where(place < accepted[:, None], F.pad(draft, (0, 1)), after[:, None])
-    return advance(p, tokens, settled, accepted + 1)
+    tokens = torch.where(place < accepted, F.pad(draft, (0, 1)), after[:, None])
+    return advance(p, tokens, settled, verdict.count + 1)
 
 
 def iterate_maximal(p: Tensor, q: Tensor, draft: Tensor, u: Tensor, redraw: Tensor) -> Step:

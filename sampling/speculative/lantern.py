@@ -63,9 +63,10 @@ class Relaxation:
         if (self.delta is None) == (self.factor is None):
             raise ValueError(f"Relaxation: give delta or factor, got {self.delta} and {self.factor}")
         needed = min(self.k + self.released, len(self.neighbours) - 1)
-        if not 0 <= needed <= self.neighbours.shape[1]:
+        if self.k < 1 or needed > self.neighbours.shape[1]:
             raise ValueError(
-                f"Relaxation: k={self.k} needs {needed} neighbours, the table has {self.neighbours.shape[1]}"
+                f"Relaxation: k={self.k} must be at least 1 and needs {needed} neighbours, the table has "
+                f"{self.neighbours.shape[1]}"
             )
 
     def bound(self, p_token: Tensor, q_token: Tensor) -> Tensor:
@@ -204,5 +205,7 @@ def verify_tree_greedy(
         rival = rivals.max(-1)
         accepted = (raised > rival.values) | (raised == rival.values) & (drafted < rival.indices)
     count, winner = leading(accepted & (after >= 0)).max(-1)
-    node = paths[row[:, 0, 0], winner].gather(1, count[:, None]).squeeze(1)
+    node = (
+        paths[row[:, 0, 0], winner].gather(1, count[:, None]).squeeze(1).clamp_min(0)
+    )  # the root, if the winner is no leaf
     return node, count, best.gather(1, node[:, None]).squeeze(1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sampling.sampler import inverse_cdf
 from sampling.speculative.acceptance import normalised, pick, ratio, residual
 
 HALVINGS = 50  # of the interval that holds rho
@@ -102,6 +103,15 @@ def without(q: Tensor, token: Tensor) -> Tensor:
 def gumbel_top_k(log_probs: Tensor, gumbel: Tensor, k: int) -> Tensor:
     """k draws without replacement, in the order of drawing: the k largest of log p + g. (..., V) -> int64 (..., k)."""
     return (log_probs + gumbel).topk(k, dim=-1).indices
+
+
+def draw_without_replacement(q: Tensor, u: Tensor) -> Tensor:
+    """k draws by inverse CDF, in the order of drawing: q (..., V), u (..., k) uniform in [0, 1) -> int64 (..., k)."""
+    q, drawn = q.double(), []
+    for i in range(u.shape[-1]):
+        drawn.append(inverse_cdf(q, u[..., i]))
+        q = q.scatter(-1, drawn[-1][..., None], 0)
+    return torch.stack(drawn, dim=-1)
 
 
 def conditional_probs(q: Tensor, drawn: Tensor) -> Tensor:

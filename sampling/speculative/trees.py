@@ -9,13 +9,15 @@ V vocabulary, k width of the search.
 """
 
 from collections.abc import Callable, Sequence
-from math import ceil, log2
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sampling.speculative.multi_draft import conditional_probs, gumbel_top_k
+from layers.attention import ancestor_mask
+from sampling.speculative.multi_draft import conditional_probs, draw_without_replacement
 
 ROOT = -1  # the parent of node 0; also the padding of paths and of tables of children
 
@@ -71,16 +73,6 @@ def chain(n: int) -> Tensor:
 # ---- shape
 
 
-def ancestor_mask(parents: Tensor) -> Tensor:
-    """bool (..., N, N): node i may look at node j, an ancestor or itself. Beside it every node sees what is committed."""
-    nodes = parents.shape[-1]
-    own = torch.eye(nodes, device=parents.device)
-    reach = own + F.one_hot(parents + 1, nodes + 1)[..., 1:]
-    for _ in range(ceil(log2(max(nodes, 2)))):  # reach of twice as many generations each time
-        reach = (reach @ reach).clamp_max(1)
-    return reach > 0
-
-
 def depths(parents: Tensor) -> Tensor:
     """int64 (..., N): the root's is 0. The position of a node is the number of committed tokens, plus this, less one."""
     return ancestor_mask(parents).sum(-1) - 1
@@ -110,6 +102,14 @@ def paths(parents: Tensor, depth: int) -> Tensor:
     table = parents.new_full((*parents.shape, depth + 2), ROOT)
     node = torch.arange(nodes, device=parents.device).expand_as(place)
     return table.scatter(-1, place, node)[..., :-1]
+
+
+def line_to(parents: Tensor, node: Tensor, depth: int) -> Tensor:
+    """parents int64 (B, N), node int64 (B,) -> int64 (B, depth): the nodes from below the root down to it, -1 beyond."""
+    own = ancestor_mask(parents)[torch.arange(len(node), device=node.device), node]  # (B, N)
+    place = torch.where(own, depths(parents), depth + 1)  # depth + 1 is cut off below
+    table = parents.new_full((len(node), depth + 2), ROOT)
+    return table.scatter(1, place, torch.arange(parents.shape[1], device=node.device).expand_as(place))[:, 1:-1]
 
 
 # ---- growth
@@ -160,39 +160,63 @@ def _largest(scores: Tensor, n: int) -> Tensor:
 
 
 def fill_static_tree(
-    first: Tensor, expand: Expand, parents: Tensor, ranks: Tensor, gumbel: Tensor | None = None
+    first: Tensor, expand: Expand, parents: Tensor, ranks: Tensor, u: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens for a static tree. parents, ranks (N,) on the host; first (B, V) as in `dynamic_tree`.
 
-    Without gumbel the child of rank r is the r-th best token of its parent's law. With gumbel (B, N, V) the children of a
-    node are draws without replacement, in this order. Returns tokens int64 (B, N) with 0 for node 0, cond (B, N): the
-    probability of each draw given those before it (1 without gumbel), and laws (B, N, V): what every node drew from, 0 for
-    leaves.
+    Without u the child of rank r is the r-th best token of its parent's law. With u (B, N, W) uniform in [0, 1) the
+    children of a node are draws without replacement, in this order. Returns tokens int64 (B, N) with 0 for node 0, cond
+    (B, N): the probability of each draw given those before it (1 without u), and laws (B, N, V): what every node drew from,
+    0 for leaves.
     """
     nodes, rows = len(parents), len(first)
-    level = depths(parents).tolist()
-    inner = sorted(set(parents.tolist()) - {ROOT})
     tokens = torch.zeros(rows, nodes, dtype=torch.int64, device=first.device)
     cond = torch.ones(rows, nodes, dtype=first.dtype, device=first.device)
     laws = torch.zeros(rows, nodes, first.shape[-1], dtype=first.dtype, device=first.device)
-    fed = {0: 0}  # node -> its number among the fed ones
-    for depth in range(max(level)):
-        here = [node for node in inner if level[node] == depth]
-        if depth == 0:
-            log_probs = first[:, None]
+    log_probs = first[:, None]
+    for level in _levels(tuple(parents.tolist()), tuple(ranks.tolist()), first.device):
+        if level.above is not None:
+            log_probs = expand(tokens[:, level.nodes], level.above.expand(rows, -1))
+        laws[:, level.nodes] = law = log_probs.exp()
+        if u is None:
+            tokens[:, level.below] = log_probs.topk(level.most, dim=-1).indices[:, level.parent, level.rank]
         else:
-            below = torch.tensor([fed[int(parents[node])] for node in here], device=first.device).expand(rows, -1)
-            log_probs = expand(tokens[:, here], below)
-            fed |= {node: len(fed) + i for i, node in enumerate(here)}
-        laws[:, here] = log_probs.exp()
-        for i, node in enumerate(here):
-            below = (parents == node).nonzero().squeeze(1)
-            rank = ranks[below].to(first.device)
-            most = int(ranks[below].max()) + 1
-            if gumbel is None:
-                tokens[:, below] = log_probs[:, i].topk(most, dim=-1).indices[:, rank]
-            else:
-                drawn = gumbel_top_k(log_probs[:, i], gumbel[:, node], most)
-                tokens[:, below] = drawn[:, rank]
-                cond[:, below] = conditional_probs(laws[:, node], drawn)[:, rank]
+            drawn = draw_without_replacement(law, u[:, level.nodes, : level.most])
+            tokens[:, level.below] = drawn[:, level.parent, level.rank]
+            cond[:, level.below] = conditional_probs(law, drawn)[:, level.parent, level.rank]
     return tokens, cond, laws
+
+
+@dataclass(frozen=True)
+class _Level:
+    """Of a static tree: nodes (m,) that have children, and their parents' numbers among those fed, above (m,), None for the
+    root; below (c,): their children, parent (c,): whose among nodes, rank (c,), and most: how many drafts a node needs."""
+
+    nodes: Tensor
+    above: Tensor | None
+    below: Tensor
+    parent: Tensor
+    rank: Tensor
+    most: int
+
+
+@lru_cache(maxsize=64)
+def _levels(parents: tuple[int, ...], ranks: tuple[int, ...], device: torch.device) -> list[_Level]:
+    """Made on the host and copied to the device once, not in every round."""
+    parent, rank = torch.tensor(parents), torch.tensor(ranks)
+    level = depths(parent)
+    inner = torch.zeros_like(parent, dtype=torch.bool)
+    inner[parent[1:]] = True
+    fed, count, made = torch.zeros_like(parent), 1, []  # node -> its number among the fed ones
+    for depth in range(int(level.max())):
+        here = (inner & (level == depth)).nonzero().squeeze(1)
+        above = None
+        if depth > 0:
+            above = fed[parent[here]]
+            fed[here] = count + torch.arange(len(here))
+            count += len(here)
+        below = (level == depth + 1).nonzero().squeeze(1)
+        found = (here, above, below, torch.searchsorted(here, parent[below]), rank[below])
+        found = [None if x is None else x.to(device) for x in found]
+        made.append(_Level(*found, most=1 + int(rank[below].max())))
+    return made

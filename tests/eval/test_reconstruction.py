@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from eval.codebook import CodebookUsage
+from eval.features import FeatureNetwork, NetworkRecord
 from eval.pictures import PictureError
 from eval.pixels import from_uint8, to_uint8
 from eval.reconstruction import ReconstructionScorer, psnr, ssim
@@ -120,6 +122,30 @@ def test_both_sides_obey_the_rule() -> None:
         assert values[rule] == float(psnr(to_uint8(made, rule), to_uint8(real, rule)).mean())
     assert values["trunc_128"] == math.inf
     assert values["trunc"] == pytest.approx(20 * math.log10(255), abs=1)
+
+
+def test_clips_are_scored_whole_and_frame_by_frame() -> None:
+    """The MSE over a clip, SSIM and LPIPS over its frames; the network sees each frame beside its original."""
+
+    def extract(pairs: Tensor) -> dict[str, Tensor]:
+        return {"lpips": (pairs[:, 0].float() - pairs[:, 1].float()).mean((1, 2, 3))}
+
+    record = NetworkRecord("stand-in", "lpips", 1, "none", "none", "lpips_other_weights", False)
+    lpips = FeatureNetwork(record, torch.device("cpu"), torch.float32, extract)
+    frames = pictures(2 * 5)
+    real = rearrange(frames, "(b t) c h w -> b c t h w", b=2)
+    steps = torch.tensor([0, 1, 2, 3, 14, 2, 2, 2, 2, 2]).view(2, 1, 5, 1, 1)
+    scorer = ReconstructionScorer("made", "real", lpips=lpips)
+    for part in range(2):
+        scorer.update(*(from_uint8(each)[part : part + 1] for each in (real + steps.to(torch.uint8), real)))
+    scores = {score.name: score for score in scorer.scores({}, {}, 1, "cpu")}
+    errors = steps.double().square().view(2, 5).mean(1)
+    assert scores["psnr_db"].value == pytest.approx(float((10 * (255**2 / errors).log10()).mean()))
+    assert scores["lpips_other_weights"].value == pytest.approx(3.0)
+    assert scores["lpips_other_weights"].provenance.network == record
+    wanted = ssim(frames + steps.flatten().to(torch.uint8).view(10, 1, 1, 1), frames).mean()
+    assert scores["ssim"].value == pytest.approx(float(wanted))
+    assert scores["psnr_db"].provenance.samples.frames == 5 and "each clip" in scores["psnr_db"].provenance.definition
 
 
 def test_errors() -> None:

@@ -89,6 +89,16 @@ def test_pictures_are_in_it_pixel_for_pixel(report: Report) -> None:
     assert torch.equal(stacked[:, -8:], to_uint8(images[1]))
 
 
+def test_films_are_in_it_byte_for_byte(tmp_path: Path) -> None:
+    page = Report("Films", "")
+    page.films("Clips", {"one": b"GIF89a one", "two": b"GIF89a two"}, width=96)
+    found = re.findall(r'<img src="data:image/gif;base64,([^"]+)" width="96" alt="(one|two) 1">', page.html())
+    assert [(base64.b64decode(content), name) for content, name in found] == [
+        (b"GIF89a one", "one"),
+        (b"GIF89a two", "two"),
+    ]
+
+
 def test_text_is_text(report: Report) -> None:
     report.text("<script>alert(1)</script>", "a & b < c")
     report.pictures("Row", {"<b>": pictures(1)}, {"<b>": ["<i>"]})

@@ -198,5 +198,7 @@ def test_greedy_takes_the_longest_path_of_argmaxes() -> None:
 def test_a_relaxation_asks_for_one_bound_and_enough_neighbours() -> None:
     with pytest.raises(ValueError, match="give delta or factor"):
         Relaxation(NEIGHBOURS, K)
-    with pytest.raises(ValueError, match="k=12 needs 13 neighbours, the table has 10"):
+    with pytest.raises(ValueError, match="k=12 must be at least 1 and needs 13 neighbours, the table has 10"):
         Relaxation(NEIGHBOURS[:, :10], 12, delta=0.1, released=True)
+    with pytest.raises(ValueError, match="k=0 must be at least 1"):
+        Relaxation(NEIGHBOURS, 0, delta=0.1)

@@ -93,11 +93,15 @@ def test_the_optimal_acceptance_solves_its_linear_program(k: int) -> None:
         assert multi_draft.optimal_acceptance(p, q, k).item() == pytest.approx(-found.fun, abs=1e-8)
 
 
-def test_gumbel_draws_without_replacement_have_their_law() -> None:
+@pytest.mark.parametrize("way", ["gumbel", "inverse"])
+def test_draws_without_replacement_have_their_law(way: str) -> None:
     """200,000 pairs against q(x) q(y) / (1 - q(x)): chi-square with 11 degrees of freedom, 1 in 1000."""
     _, q = laws(1)
     u = torch.rand(200_000, V, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    drawn = multi_draft.gumbel_top_k(q.log(), -(-u.log()).log(), 2)
+    if way == "gumbel":
+        drawn = multi_draft.gumbel_top_k(q.log(), -(-u.log()).log(), 2)
+    else:
+        drawn = multi_draft.draw_without_replacement(q.expand(len(u), -1), u[:, :2])
     count = torch.bincount(drawn[:, 0] * V + drawn[:, 1], minlength=V * V).view(V, V)
     expected = q[:, None] * q / (1 - q[:, None]) * len(u)
     off = ~torch.eye(V, dtype=torch.bool)

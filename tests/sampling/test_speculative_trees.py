@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from sampling.speculative import trees
+from sampling.speculative.multi_draft import draw_without_replacement
 
 COUNTS = {  # nodes at depths 1, 2, ... of the published trees
     "mc_sim_7b_63": [4, 8, 8, 3, 2],
@@ -125,9 +126,9 @@ def test_a_static_tree_takes_ranks_or_draws_without_replacement() -> None:
     assert torch.equal(tokens[:, 5], drafter.table[row, tokens[:, 2]].argmax(-1))
     assert_close(laws[:, 0], drafter.first.exp())
     assert_close(laws[:, 1], drafter.table[row, tokens[:, 1]].exp())
-    gumbel = -(-torch.rand(4, 6, 6, generator=torch.Generator().manual_seed(1)).log()).log()
-    tokens, cond, laws = trees.fill_static_tree(drafter.first, drafter, parents, ranks, gumbel)
-    drawn = (drafter.first + gumbel[:, 0]).argsort(dim=-1, descending=True)
+    u = torch.rand(4, 6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    tokens, cond, laws = trees.fill_static_tree(drafter.first, drafter, parents, ranks, u)
+    drawn = draw_without_replacement(drafter.first.exp(), u[:, 0])
     assert torch.equal(tokens[:, 1:3], drawn[:, [0, 2]])
     q = laws[:, 0]
     before = q.gather(1, drawn[:, :2]).sum(1)

@@ -249,6 +249,16 @@ class Pixels(Tokenizer):
         return images, {}
 
 
+def test_training_begins_with_registers_that_tell_pictures_apart_and_reach_the_patches() -> None:
+    tokenizer = small(randomised=False)
+    tokens = tokenizer.quantizer.assign(tokenizer.encoder(normal(3, 32, 2)))
+    assert len(tokens.unique(dim=0)) == 3
+    x, t = normal(3, 32, 2), torch.tensor([0.1, 0.5, 1.0])
+    assert tokenizer.velocity(x, t, tokens).abs().max() == 0  # the published start: no velocity yet
+    torch.nn.init.normal_(tokenizer.decoder.readout.weight)
+    assert (tokenizer.velocity(x, t, tokens) - tokenizer.velocity(x, t, tokens.flip(0))).abs().amax((1, 2))[0] > 1e-3
+
+
 def test_a_few_pictures_are_learned() -> None:
     torch.manual_seed(1)
     sizes = {"encoder_dim": 16, "encoder_depth": 1, "decoder_dim": 32, "decoder_depth": 2, "head_dim": 16}

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from einops import repeat
+from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -117,6 +117,47 @@ def test_learned_tables_and_norms_are_part_of_the_model(norm: str) -> None:
     assert tokenizer.encode(clips(2)).shape == (2, 5)
 
 
+@pytest.mark.parametrize(("norm", "axes"), [("batch", (0,)), ("batch and tokens", (0, 1))])
+def test_a_norm_over_the_batch_tells_new_clips_apart(norm: str, axes: tuple[int, ...]) -> None:
+    """A new encoder says nearly the same of all clips, and a code has length 1: without it all get the same code."""
+    torch.manual_seed(0)
+    tokenizer = LARPTokenizer(
+        VIDEO, 5, VectorQuantizer(32, 4, normalize=True), patch=(2, 4, 4), dim=16, depth=1, heads=2, norm=norm
+    ).double()
+    clip = clips(16)
+    plain = tokenizer.to_code(
+        tokenizer.encoder(
+            rearrange(tokenizer.patches((clip + 1) / 2), "b d t h w -> b (t h w) d") + tokenizer.at_video(),
+            repeat(tokenizer.at_queries(), "n d -> b n d", b=16),
+        )
+    )
+    z = tokenizer.train().latent(clip)
+    variance, mean = torch.var_mean(plain, dim=axes, correction=0, keepdim=True)
+    assert_close(z, (plain - mean) / (variance + 1e-5).sqrt())  # so of mean 0, and of variance 1 but for what is added
+    assert len(tokenizer(clip)[1]["ids"].unique()) > len(tokenizer.quantizer(plain).ids.unique())
+
+
+def test_a_local_start_ties_tokens_to_the_patches_of_their_numbers() -> None:
+    torch.manual_seed(0)
+    tokenizer = LARPTokenizer(
+        VIDEO, 12, VectorQuantizer(32, 8), patch=(2, 4, 4), dim=128, depth=2, heads=4, learned=PLACES, local_start=True
+    ).double()
+    nn.init.normal_(tokenizer.out.weight)
+    black = torch.full((1, 3, *VIDEO), -1.0, dtype=torch.float64)
+    codes = torch.zeros(1, 12, 8, dtype=torch.float64)
+    own = torch.zeros(2)  # how many tokens answer most to their patch, and patches to their code; by chance it is 1
+    for place in range(12):
+        t, h, w = place // 6, place // 3 % 2, place % 3
+        lit, said = black.clone(), codes.clone()
+        lit[:, :, 2 * t : 2 * t + 2, 4 * h : 4 * h + 4, 4 * w : 4 * w + 4] = -0.8
+        said[:, place] = 0.2
+        heard = (tokenizer.latent(lit) - tokenizer.latent(black))[0].norm(dim=-1)
+        shown = (tokenizer.pixels(said) - tokenizer.pixels(codes))[0].square()
+        shown = reduce(shown, "c (t pt) (h ph) (w pw) -> (t h w)", "sum", t=2, h=2, w=3)
+        own += torch.stack((heard.argmax() == place, shown.argmax() == place))
+    assert own.min() > 8
+
+
 def test_the_start_of_a_clip_is_coded_with_its_last_frame_standing_still() -> None:
     tokenizer, clip = small(), clips(2)
     still = torch.cat((clip[:, :, :2], clip[:, :, 1:2], clip[:, :, 1:2]), dim=2)
@@ -175,6 +216,10 @@ def test_refusals_name_both_sides() -> None:
         (
             lambda: tokenizer.decode(torch.zeros(1, 5, dtype=torch.int64), present=torch.ones(1, 5) > 0),
             "whole sequences",
+        ),
+        (
+            lambda: small(local_start=True),
+            r"needs a token a patch, 12, and learned .*; got 5 tokens, learned \('queries',\)",
         ),
         (lambda: small(learned=("query",)), "place 'query' is not known; did you mean 'queries'"),
     ]

@@ -89,6 +89,17 @@ def test_the_number_of_classes_is_the_data_sets() -> None:
     assert with_classes(text, 10) == text
 
 
+def test_a_decoder_beside_captions_is_not_trained_without_any(tmp_path: Path) -> None:
+    sizes = {"image_size": 32, "tokens": 4, "channels": 2, "encoder_dim": 16, "encoder_depth": 1, "encoder_heads": 2}
+    sizes |= {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "text_slots": 5}
+    record = {"class_path": "TiTokTokenizer", "init_args": sizes}
+    config = configure(
+        tokenizer_parser, tmp_path / "a.yaml", tmp_path / "a", tokenizer=record, objective={"terms": {"kl": 0.0}}
+    )
+    with pytest.raises(RunError, match=r"text_slots is 5.* the data set digits has none"):
+        tokenizer_job(config)
+
+
 def test_two_processes_are_one_with_a_batch_twice_as_large(tmp_path: Path) -> None:
     tiny.export_tokenizer(tmp_path / "vq")
     tiny.launch(2, tiny.run_still, tmp_path / "two", tmp_path / "vq", 3)

@@ -9,11 +9,14 @@ from torch import Tensor
 
 import generators
 from generators.neighboring import Neighboring
+from layers.checkpoint import save_tensors
 from layers.keymap import CheckpointMismatch
 from layers.noise import Noise
 from layers.spec import Condition, Sequence
+from sampling.decode import generate
 from sampling.sampler import Sampler
-from training.published import check, entries
+from tests.training.test_published_larp import tokenizer_layout
+from training.published import check, entries, load_published
 
 MILLIONS = {  # of parameters, as published, and half a unit of the last digit that is given
     "nar-b": (130.55, 0.005),
@@ -116,3 +119,35 @@ def test_a_model_that_never_drops_its_class_has_no_row_for_the_null_one() -> Non
         CheckpointMismatch, match=r"condition.table.weight is \(1000, 768\), the model has \(1001, 768\)"
     ):
         generators.from_published("nar", {**state, key: state[key][:-1]}, config)
+
+
+def test_the_generators_of_clips_are_loaded_with_larps_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a small size: from the two files to a clip."""
+    rows, sizes = entries(), {"dim": 16, "n_layer": 1, "n_head": 2}
+    narrow = {"encoder_depth": 1, "decoder_depth": 1, "encoder_hidden_size": 12, "decoder_hidden_size": 12}
+    rows["nar-video-l"].config.update(sizes)
+    rows["larp-l-long-tokenizer"].config.update({**narrow, "encoder_num_heads": 1, "decoder_num_heads": 1})
+    monkeypatch.setattr("training.published.entries", lambda: rows)
+    generator, coder = layout(sizes, clips=True), tokenizer_layout(12, depth=1)
+    torch.manual_seed(0)
+    torch.save({"model": {"sd": {key: torch.randn(shape) for key, shape in generator.items()}}}, tmp_path / "nar.pt")
+    save_tensors(tmp_path / "larp.safetensors", {key: 0.1 * torch.randn(shape) for key, shape in coder.items()})
+    found = load_published("nar-video-l", tmp_path / "nar.pt", tmp_path / "larp.safetensors")
+    assert found.generator.spec == found.tokenizer.spec
+    assert found.provenance["tokenizer"]["published"] == "larp-l-long-tokenizer"
+    state = generate(found.generator, Condition(label=torch.tensor([100])), Sampler(), Noise(0, torch.arange(1)))
+    with torch.no_grad():
+        assert found.tokenizer.decode(state.tokens).shape == (1, 3, 16, 128, 128)
+    assert state.rounds == 34
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_the_generators_of_clips_fit_the_tokenizer_they_name(name: str) -> None:
+    entry = entries()[name]
+    model = generators.from_published(entry.family, on_meta(name), entry.config)
+    coder = entries()[entry.tokenizer]
+    assert (coder.kind, coder.config["bottleneck_token_num"]) == ("tokenizer", model.spec.length)
+    assert model.spec.decoded == (coder.config["frame_num"], coder.config["input_size"], coder.config["input_size"])
+    assert model.spec.vocab_size == coder.config["bottleneck"]["args"]["regularizer"]["args"]["codebook_size"]

@@ -1,17 +1,21 @@
-"""A tokenizer of several scales is scored scale by scale while it trains."""
+"""A tokenizer of several scales is scored scale by scale while it trains, one of a line of tokens by numbers of them."""
 
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from PIL import Image
 from torch.testing import assert_close
 
 from layers.record import build
+from tests.tokenizers_vis.test_flextok import pictures
+from tests.tokenizers_vis.test_flextok import small as flextok
 from tests.training.tiny import QUICK, Pictures, begin, held_out, journal, stream
 from tokenizers_vis.quantizers.usage import code_counts, usage_metrics
 from training.loop import TrainOptions
 from training.losses import TokenizerObjective
 from training.run import CLASSES, RunFolder, load_run
-from training.tokenizer_loop import train_tokenizer
+from training.tokenizer_loop import score, train_tokenizer
 
 RECORD = {
     "class_path": "MultiScaleVQTokenizer",
@@ -46,3 +50,16 @@ def test_the_journal_holds_perplexity_and_distance_of_every_scale(tmp_path: Path
             wanted = usage_metrics(counts)["perplexity"].item()
             assert_close(lines[-1][f"held_out_perplexity_scale_{k}"], wanted)
     assert lines[-1]["held_out_psnr_db"] == lines[-1]["held_out_psnr_db_scale_2"]
+
+
+def test_a_line_of_tokens_is_scored_by_how_many_are_decoded(tmp_path: Path) -> None:
+    tokenizer = flextok()
+    images = pictures()
+    scores = score(tokenizer, [{"image": images}], Accelerator(cpu=True), tmp_path / "shown.png")
+    tokens = tokenizer.encode(images)
+    for n in (1, 2, 4, 6):
+        error = (tokenizer.decode(tokens[:, :n]).float().clamp(-1, 1) - images).square().flatten(1).mean(1)
+        assert_close(scores[f"held_out_psnr_db_of_{n}"], (10 * (4 / error).log10()).mean().item())
+    assert scores["held_out_psnr_db"] == scores["held_out_psnr_db_of_6"]
+    assert sum(name.startswith("held_out_psnr_db_of") for name in scores) == 4
+    assert Image.open(tmp_path / "shown.png").size[1] == 5 * (8 + 2) + 2  # the pictures, and a row a length
