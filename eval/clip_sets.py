@@ -81,11 +81,10 @@ class Cut:
 
     def __call__(self, videos: VideoSet) -> list[Place]:
         """Raises PictureError where no video is long enough; "whole" and "first" where a single one is not."""
-        if self.length is None:
-            return [Place(number, range(count)) for number, count in enumerate(videos.counts)]
+        if self.length is None or self.rule in ("whole", "first"):
+            named = zip(videos.names, videos.counts, strict=True)
+            return [Place(number, self.of_sample(name, count)) for number, (name, count) in enumerate(named)]
         least = self.length * self.stride
-        if self.rule in ("whole", "first"):
-            return [self._made(videos, number) for number in range(len(videos.counts))]
         counts = [count if count >= least else 0 for count in videos.counts]
         if not any(counts):
             longest = max(range(len(counts)), key=videos.counts.__getitem__)
@@ -105,18 +104,19 @@ class Cut:
             return clips[: self.count]
         return larp_reference(counts, min(self.count or len(clips), len(clips)), self.length, self.seed)
 
-    def _made(self, videos: VideoSet, number: int) -> Place:
-        """The clip that a video of samples is. One of `length` frames is taken to have the stride already."""
-        count, span = videos.counts[number], (self.length - 1) * self.stride + 1
-        if count == self.length:
-            return Place(number, range(count))
+    def of_sample(self, name: str, count: int) -> range:
+        """The frames of the clip that a sample of `count` frames is. One of `length` frames is taken to have the stride
+        already. Raises PictureError where it is too short, under "whole" also where it is too long."""
+        if self.length is None or count == self.length:
+            return range(count)
+        span = (self.length - 1) * self.stride + 1
         if count < span or (self.rule == "whole" and count > span):
             cure = "make longer samples" if count < span else f"cut them to {span} first"
             raise PictureError(
-                f"{videos.names[number]}: has {count} frames, the protocol compares {self.length}"
+                f"{name}: has {count} frames, the protocol compares {self.length}"
                 f"{f' frames, every {self.stride}th' if self.stride > 1 else ''}; {cure}, or choose another protocol"
             )
-        return Place(number, range(0, span, self.stride))
+        return range(0, span, self.stride)
 
     def __str__(self) -> str:
         drawn = f", seed {self.seed}" if self.rule in ("larp", "random") else ""

@@ -5,7 +5,7 @@ preprocessing, a choice of clips on both sides, a divisor of the covariance and 
 `eval.protocols` name them all.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,17 @@ class ClipProtocol(Protocol):
         """The set that the networks see of generated videos. Raises PictureError where one does not fit the protocol."""
         return self._seen(videos, self.made(videos), None, str(self.made))
 
+    def of_model(self, clips: PictureSet, frames: int) -> PictureSet:
+        """The set that the networks see of clips that a model makes now, `frames` frames each. Raises as `samples`."""
+        kept = self.made.of_sample(clips.name, frames)
+        self._check_length(clips.name, len(kept))
+
+        def read(size: int, start: int, stop: int) -> Iterator[Tensor]:
+            return (batch[:, :, kept.start : kept.stop : kept.step] for batch in clips.batches(size, start, stop))
+
+        chosen = replace(clips, read=read)
+        return frames_of(chosen) if self.single_frames else chosen
+
     def real(self, videos: VideoSet, size: int | None) -> PictureSet:
         """The set that the networks see of real videos. size: side of the samples; None where these are not square."""
         return self._seen(videos, self.cut(videos), size, str(self.cut))
@@ -59,15 +70,17 @@ class ClipProtocol(Protocol):
         return replace(self, name=f"{self.name}-floor", count=None, class_sampling=None)
 
     def _seen(self, videos: VideoSet, places: Sequence[Place], size: int | None, cut: str) -> PictureSet:
-        if not self.single_frames:
-            for place in places:
-                if len(place.frames) < LEAST_FRAMES:
-                    raise PictureError(
-                        f"{videos.names[place.video]}: has {len(place.frames)} frames, the network of FVD takes at least "
-                        f"{LEAST_FRAMES}; give longer videos, or score single frames with --protocol frame-fid"
-                    )
+        for place in places:
+            self._check_length(videos.names[place.video], len(place.frames))
         clips = clips_of(videos, places, size, self.fit, cut)
         return frames_of(clips) if self.single_frames else clips
+
+    def _check_length(self, name: str, frames: int) -> None:
+        if not self.single_frames and frames < LEAST_FRAMES:
+            raise PictureError(
+                f"{name}: has {frames} frames, the network of FVD takes at least {LEAST_FRAMES}; give longer videos, or "
+                "score single frames with --protocol frame-fid"
+            )
 
 
 def _i3d(variant: str, rule: str, weights: Mapping[str, Path], device: torch.device | str) -> FeatureNetwork:

@@ -88,7 +88,7 @@ class PixelDigest:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.size: tuple[int, int] | None = None
+        self.size: tuple[int, ...] | None = None  # (H, W), of clips (T, H, W)
         self._kept: list[bytes] = []
 
     @property
@@ -96,20 +96,22 @@ class PixelDigest:
         return len(self._kept)
 
     def update(self, pictures: Tensor) -> None:
-        """Raises PictureError for anything but uint8 pictures (B, 3, H, W) of one size."""
+        """Raises PictureError for anything but uint8 pictures (B, 3, H, W) or clips (B, 3, T, H, W) of one size."""
         check_pictures(self.name, pictures)
-        height, width = pictures.shape[-2:]
-        self.size = (height, width) if self.size is None else self.size
-        if self.size != (height, width):
-            raise PictureError(f"{self.name}: picture {self.count} is {height}x{width}, those before are {self.size}")
+        size = tuple(pictures.shape[2:])
+        self.size = size if self.size is None else self.size
+        if self.size != size:
+            found = "x".join(map(str, size))
+            raise PictureError(f"{self.name}: picture {self.count} is {found}, those before are {self.size}")
         self._kept += checksums(pictures)
 
     def record(self, origin: Origin) -> PicturesRecord:
         """Raises PictureError where no picture has passed."""
         if self.size is None:
             raise PictureError(f"{self.name}: holds no pictures")
-        height, width = self.size
-        return PicturesRecord(self.name, content_sha256(b"".join(self._kept)), self.count, height, width, origin)
+        *frames, height, width = self.size
+        content = content_sha256(b"".join(self._kept))
+        return PicturesRecord(self.name, content, self.count, height, width, origin, frames[0] if frames else 1)
 
 
 def from_tensor(name: str, pictures: Tensor, origin: Origin, labels: Tensor | None = None) -> PictureSet:

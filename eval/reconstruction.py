@@ -1,25 +1,35 @@
-"""How well pictures come back from a tokenizer: PSNR and SSIM in grey levels, 0 to 255.
+"""How well pictures or clips come back from a tokenizer: PSNR and SSIM in grey levels, 0 to 255, and LPIPS.
 
 The scorer brings both sides to uint8 by the same stated rule before they are compared; LlamaGen's numbers leave the
 original in float. PSNR = 10 log10(255^2 / MSE), the MSE over the pixels and channels of one picture. SSIM (Wang et al.
-2004): K1 0.01, K2 0.03, mean over the places where the window fits and over channels.
+2004): K1 0.01, K2 0.03, mean over the places where the window fits and over channels. Of clips the MSE is over all pixels of
+a clip, and SSIM and LPIPS are means over its frames.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
 from eval.codebook import CodebookUsage
-from eval.pictures import PictureError, PixelDigest
-from eval.pixels import UINT8_RULES, to_uint8
+from eval.features import FeatureNetwork
+from eval.pictures import PictureError, PictureSet, PixelDigest, rounded
+from eval.pixels import UINT8_RULES, from_uint8
 from eval.provenance import Computation, Origin, Provenance, Score, library_versions
 
 PSNR = "PSNR 10 log10(255^2 / MSE) in dB, MSE of each picture, mean over pictures"
 PSNR_OF_MEAN = "PSNR 10 log10(255^2 / MSE) in dB of the mean MSE of all pictures"
 SSIM = "SSIM, Gaussian window 11, sigma 1.5, K1 0.01, K2 0.03, range 255, mean over pictures"
+LPIPS = "LPIPS 0.1, mean over pictures"
+OF_CLIPS = {  # how the same is said of clips
+    PSNR: "PSNR 10 log10(255^2 / MSE) in dB, MSE of each clip, mean over clips",
+    PSNR_OF_MEAN: "PSNR 10 log10(255^2 / MSE) in dB of the mean MSE of all clips",
+    SSIM: "SSIM, Gaussian window 11, sigma 1.5, K1 0.01, K2 0.03, range 255, mean over frames of all clips",
+    LPIPS: "LPIPS 0.1, mean over frames of all clips",
+}
 WINDOWS = {  # weights along one axis, which sum to 1
     "gaussian11": (-((torch.arange(-5, 6, dtype=torch.float64) / 1.5) ** 2) / 2).softmax(0),
     "uniform7": torch.full((7,), 1 / 7, dtype=torch.float64),
@@ -29,12 +39,12 @@ PERPLEXITY = "exp of the entropy of the code frequencies over all pictures"
 
 
 def mse(pictures: Tensor, reference: Tensor) -> Tensor:
-    """(B, 3, H, W) twice, uint8 or float grey levels -> float64 (B,), in squared grey levels."""
-    return (pictures.double() - reference.double()).square().mean((1, 2, 3))
+    """(B, 3, H, W) or clips (B, 3, T, H, W) twice, uint8 or float grey levels -> float64 (B,), in squared grey levels."""
+    return (pictures.double() - reference.double()).square().flatten(1).mean(1)
 
 
 def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
-    """(B, 3, H, W) twice, uint8 or float grey levels -> float64 (B,) in dB; infinite for equal pictures."""
+    """(B, 3, H, W) or clips twice, uint8 or float grey levels -> float64 (B,) in dB; infinite for equal pictures."""
     return _decibel(mse(pictures, reference))
 
 
@@ -69,28 +79,37 @@ def ssim(pictures: Tensor, reference: Tensor, window: str = "gaussian11", data_r
 class ReconstructionScorer:
     """Gathers batches of reconstructions beside their originals.
 
-    reconstructions, originals: names for the record. rule: a key of UINT8_RULES.
+    reconstructions, originals: names for the record. rule: a key of UINT8_RULES. lpips: a network of pairs of pictures
+    ("lpips/vgg" or "lpips/alex" of `eval.networks`), whose distance is gathered as well.
     """
 
-    def __init__(self, reconstructions: str, originals: str, rule: str = "trunc_128") -> None:
-        self.rule = rule
+    def __init__(
+        self, reconstructions: str, originals: str, rule: str = "trunc_128", lpips: FeatureNetwork | None = None
+    ) -> None:
+        self.rule, self.lpips = rule, lpips
         self._made, self._real = PixelDigest(reconstructions), PixelDigest(originals)
         self._dtype = ""
         self._mse: list[Tensor] = []
-        self._ssim: list[Tensor] = []
+        self._of_frames: dict[str, list[Tensor]] = {"ssim": [], "lpips": []}
 
     def update(self, images: Tensor, reference: Tensor) -> None:
-        """float (B, 3, H, W) in [-1, 1] twice. Raises PictureError where their shapes differ."""
+        """float (B, 3, H, W), or clips (B, 3, T, H, W), in [-1, 1] twice. Raises PictureError where their shapes differ."""
         if images.shape != reference.shape:
             raise PictureError(
                 f"{self._made.name}: reconstructions {tuple(images.shape)} of originals {tuple(reference.shape)}"
             )
         self._dtype = str(images.dtype).removeprefix("torch.")
-        made, real = to_uint8(images, self.rule), to_uint8(reference, self.rule)
+        made = rounded(self._made.name, images, self.rule, self._made.count)
+        real = rounded(self._real.name, reference, self.rule, self._real.count)
         self._made.update(made)
         self._real.update(real)
         self._mse.append(mse(made, real).cpu())
-        self._ssim.append(ssim(made, real).cpu())
+        if made.ndim == 5:
+            made, real = (rearrange(clips, "b c t h w -> (b t) c h w") for clips in (made, real))
+        self._of_frames["ssim"].append(ssim(made, real).cpu())
+        if self.lpips is not None:
+            pairs = torch.stack((made, real), dim=1).to(self.lpips.device)
+            self._of_frames["lpips"].append(self.lpips.extract(pairs)["lpips"].double().cpu())
 
     def scores(
         self,
@@ -100,7 +119,8 @@ class ReconstructionScorer:
         device: str,
         codebook: CodebookUsage | None = None,
     ) -> list[Score]:
-        """PSNR both ways, SSIM, and, given the counts of its codes, usage and perplexity of the codebook.
+        """PSNR both ways, SSIM, LPIPS where its network is there, and, given the counts of its codes, usage and perplexity
+        of the codebook.
 
         checkpoint, data: what the tokenizer and the data set say of themselves; batch_size, device: how and where it
         ran. Raises PictureError before any batch.
@@ -112,16 +132,36 @@ class ReconstructionScorer:
         values = {
             ("psnr_db", PSNR): float(_decibel(errors).mean()),
             ("psnr_of_mean_mse_db", PSNR_OF_MEAN): float(_decibel(errors.mean())),
-            ("ssim", SSIM): float(torch.cat(self._ssim).mean()),
+            ("ssim", SSIM): float(torch.cat(self._of_frames["ssim"]).mean()),
         }
+        networks = {}
+        if self.lpips is not None:
+            name = self.lpips.record.distance
+            networks[name] = self.lpips.record
+            values[name, LPIPS] = float(torch.cat(self._of_frames["lpips"]).mean())
         computation = Computation(device, self._dtype, batch_size, library_versions())
         if codebook is not None:
             values["codebook_usage", USAGE] = codebook.usage()
             values["codebook_perplexity", PERPLEXITY] = codebook.perplexity()
+        words = {} if made.frames == 1 else OF_CLIPS
         return [
-            Score(name, value, Provenance(definition, None, made, real, computation))
-            for (name, definition), value in values.items()
+            Score(name, value, Provenance(words.get(said, said), networks.get(name), made, real, computation))
+            for (name, said), value in values.items()
         ]
+
+
+def reconstructed(originals: PictureSet, again: Callable[[Tensor], Tensor], source: Any) -> PictureSet:
+    """What a tokenizer makes of a set, as floats.
+
+    again: pictures or clips as floats in [-1, 1] -> their reconstructions. source: what the tokenizer says of itself.
+    """
+
+    def read(size: int, start: int, stop: int) -> Iterator[Tensor]:
+        for pictures in originals.batches(size, start, stop):
+            yield again(pictures if originals.floats else from_uint8(pictures))
+
+    origin = Origin.of_reconstructions("not yet", source)
+    return PictureSet(f"reconstructions of {originals.name}", originals.count, read, origin, floats=True)
 
 
 def _decibel(errors: Tensor) -> Tensor:

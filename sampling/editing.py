@@ -84,3 +84,26 @@ def edit(
     fixed = tokens, ~anew.expand(len(tokens), -1)
     made = tokenizer.decode(generate(generator, condition, sampler, noise, fixed=fixed).tokens)
     return torch.where(hidden, made.clamp(-1, 1).to(images.dtype), images)
+
+
+@torch.inference_mode()
+def keep_first(
+    generator: Generator,
+    tokenizer: Coder,
+    images: Tensor,
+    count: int,
+    condition: Condition,
+    sampler: Sampler,
+    noise: Noise,
+) -> Tensor:
+    """images float (B, 3, H, W) in [-1, 1] -> images that share their first `count` tokens, made anew after these.
+
+    Where the first tokens say the most of the whole (D-AR, FlexTok) that keeps the layout: D-AR (Gao & Shou 2025,
+    arXiv:2505.23660, sec. 4.3). Raises ValueError for a count outside [1, L].
+    """
+    tokens = tokenizer.encode(images)
+    if not 1 <= count <= tokens.shape[1]:
+        raise ValueError(f"{count} first tokens are to stay, a picture has {tokens.shape[1]}")
+    first = torch.arange(tokens.shape[1], device=tokens.device) < count
+    fixed = tokens, first.expand(len(tokens), -1)
+    return tokenizer.decode(generate(generator, condition, sampler, noise, fixed=fixed).tokens)

@@ -1,8 +1,9 @@
-"""Many samples of one run: planned by index, written in blocks, resumed where they stopped, each image once.
+"""Many samples of one run: planned by index, written in blocks, resumed where they stopped, each image or clip once.
 
 Block b holds the samples [b * size, (b + 1) * size); process r of w makes the blocks r, r + w, ... Every block is a file
 of its own, written atomically, so whatever stops the work, the whole blocks count. At the end they become one npz
-(`arr_0` uint8 (N, H, W, 3), `arr_1` int64 (N,)) or a folder of PNG files, without holding N images in memory.
+(`arr_0` uint8 (N, H, W, 3), or (N, T, H, W, 3), `arr_1` int64 (N,)) or a folder of PNG files, of clips MP4 files, without
+holding N images in memory.
 """
 
 import json
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from layers.checkpoint import write_atomic
 from layers.noise import Noise
+from sampling.clip_files import write_mp4
 
 
 class SampleError(ValueError):
@@ -40,12 +42,14 @@ def plan_labels(count: int, num_classes: int, plan: str, seed: int) -> Tensor:
 
 
 class Shards:
-    """The blocks of `out`: a file NAME.npz, or a folder. settings: whatever the samples depend on, as plain values.
+    """The blocks of `out`: a file NAME.npz, or a folder. settings: whatever the samples depend on, as plain values. fps: of
+    clips in a folder.
 
     Raises SampleError where `out` is finished already, or was begun under other settings (naming them).
     """
 
-    def __init__(self, out: Path, labels: Tensor, block: int, settings: Mapping[str, Any]) -> None:
+    def __init__(self, out: Path, labels: Tensor, block: int, settings: Mapping[str, Any], fps: float = 8) -> None:
+        self.fps = fps
         self.out, self.labels, self.block = Path(out), labels, block
         self.parts = self.out.with_name(f".{self.out.name}.parts")
         self.settings = json.loads(json.dumps({**settings, "count": len(labels), "block": block}))
@@ -72,7 +76,14 @@ class Shards:
                 yield torch.arange(number * self.block, min((number + 1) * self.block, len(self.labels)))
 
     def write(self, index: Tensor, images: Tensor) -> None:
-        """index: one block as `missing` gave it; images uint8 (n, H, W, 3)."""
+        """index: one block as `missing` gave it; images uint8 (n, H, W, 3), or clips (n, T, H, W, 3).
+
+        Raises SampleError for clips of odd sides in a folder.
+        """
+        if images.dim() == 5 and self.out.suffix != ".npz" and (images.shape[2] % 2 or images.shape[3] % 2):
+            raise SampleError(
+                f"{self.out}: an MP4 has even sides, the clips are {tuple(images.shape[2:4])}; give NAME.npz"
+            )
         number = int(index[0]) // self.block
         write_atomic(self._part(number), lambda draft: _save_array(draft, images.cpu().numpy()))
 
@@ -115,8 +126,11 @@ class Shards:
         images = self.parts / "images"
         images.mkdir(exist_ok=True)
         for number, block in enumerate(self._blocks()):
-            for place, image in enumerate(block):
-                Image.fromarray(np.asarray(image)).save(images / f"{number * self.block + place:06d}.png")
+            for place, image in enumerate(block, number * self.block):
+                if image.ndim == 4:
+                    write_mp4(images / f"{place:06d}.mp4", torch.tensor(image), self.fps)
+                else:
+                    Image.fromarray(np.asarray(image)).save(images / f"{place:06d}.png")
         labels = json.dumps(self.labels.tolist())
         write_atomic(images / "labels.json", lambda draft: draft.write_text(labels))
         describe()

@@ -5,21 +5,15 @@
 Writes report.html, grid.png, metrics.json, and a run that `scripts/sample.py --run runs/demo` loads.
 """
 
-import json
 import logging
-import resource
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import auto_cli
+from stages import BATCH, Clock, config, curves, in_batches, scaled, shared
 from torch import Tensor
-from tqdm import tqdm
 
 from data.loader import evaluation_batches
 from data.sets import PictureSet, open_set
@@ -47,7 +41,6 @@ from training.options import command_line, generator_parser, parse, tokenizer_pa
 from training.run import Run, load_run
 
 RULE = UINT8_RULES["trunc_128"]
-BATCH = 100
 SHOWN = 8  # pictures of a row of the report
 EXPORT = ("config.yaml", "tokenizer.safetensors", "generator.safetensors", "run.json")
 
@@ -87,58 +80,23 @@ def demo(out: Path = Path("runs/demo"), data: str = "digits", seed: int = 0, sha
     with clock("scores"):
         scores, usage, again = measure(run, classifier, train, held_out, made, labels, seed)
     save_grid(rows_of(made, labels, len(run.classes)), out / "grid.png", columns=SHOWN, scale=2)
-    peak = 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     values = {name: score.value for name, score in scores.items()}
     frechet = {name.removeprefix("frechet."): values.pop(name) for name in [*values] if name.startswith("frechet.")}
     metrics = {
         **values,
         "frechet": frechet,
-        "compute_seconds": sum(clock.seconds.values()),
-        "peak_memory_bytes": peak,
+        **clock.cost(),
         "provenance": {name: score.record() for name, score in scores.items()} | {"run": run.provenance},
-        "seconds": clock.seconds,
     }
     report(out, run, train, held_out, made, labels, again, scores, usage, metrics)
     write_json(out / "metrics.json", metrics)  # last: it says that the demo is finished
     for name, value in {**values, **{f"frechet.{name}": value for name, value in frechet.items()}}.items():
         print(f"{name:28s} {value:10.4f}")
-    print(f"{out / 'report.html'}: {metrics['compute_seconds']:.0f} s of computing, {peak / 2**20:.0f} MiB at most")
+    peak = metrics["peak_memory_bytes"] / 2**20
+    print(f"{out / 'report.html'}: {metrics['compute_seconds']:.0f} s of computing, {peak:.0f} MiB at most")
 
 
 # ---- training
-
-
-class Clock:
-    """Seconds of every part, over all the times the demo was resumed."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.seconds: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        print(f"{part} ...", flush=True)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
-            write_json(self.file, self.seconds)
-
-
-def config(name: str) -> str:
-    return str(files("configs") / f"{name}.yaml")
-
-
-def shared(data: str, seed: int) -> list[str]:
-    return ["--data.name", data, "--seed", str(seed), "--resume"]
-
-
-def scaled(config: dict[str, Any], share: float) -> dict[str, Any]:
-    """The configuration with `share` of its steps."""
-    for name in ("steps", "warmup", "sample_every", "save_every"):
-        config["train"][name] = max(1, round(config["train"][name] * share))
-    return config
 
 
 class Pictures:
@@ -165,13 +123,6 @@ def trained_classifier(path: Path, train: Pictures, seed: int, share: float) -> 
 
 
 # ---- sampling and scores
-
-
-@torch.inference_mode()
-def in_batches(work: Callable[[Tensor], Tensor], count: int, name: str) -> Tensor:
-    """The results of work(index) for blocks of 0 .. count - 1, one after the other."""
-    blocks = torch.arange(count).split(BATCH)
-    return torch.cat([work(index) for index in tqdm(blocks, desc=name, unit=f"x{BATCH}", leave=False)])
 
 
 def sampled(run: Run, labels: Tensor, seed: int) -> Tensor:
@@ -279,16 +230,6 @@ def report(
     timings = [{"part": part, "seconds": seconds} for part, seconds in metrics["seconds"].items()]
     page.table("Time", timings, f"{metrics['peak_memory_bytes'] / 2**20:.0f} MiB of memory at most")
     page.save(out / "report.html")
-
-
-def curves(log: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Steps and values of everything in a log that is a loss or a held-out score."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    names = [name for line in lines for name in line if name in ("loss", "l2", "usage") or name.startswith("held_out")]
-    return {
-        name: tuple(zip(*[(line["step"], line[name]) for line in lines if name in line], strict=True))
-        for name in dict.fromkeys(names)
-    }
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
     python scripts/edit.py --run runs/digits-var --data digits --item 7 --box 0 16 32 16 --out edited.png
     python scripts/edit.py --run runs/digits-var --data digits --item 7 --box 8 8 16 16 --outside true --out wider.png
     python scripts/edit.py --published var-d16 --picture dog.png --box 64 64 128 128 --label 285 --out cat.png
+    python scripts/edit.py --published d-ar-l --picture dog.png --keep-first 32 --label 285 --out cat.png    # its layout
 
-The PNG shows, from left to right, the picture, what the generator is given of it, and the edited versions.
+The PNG shows, from left to right, the picture, what the generator is given of it (with --keep-first nothing), and the
+edited versions.
 """
 
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ from eval.report import save_grid
 from layers.condition import check_labels
 from layers.noise import Noise
 from layers.spec import Condition
-from sampling.editing import box_mask, edit, hide
+from sampling.editing import box_mask, edit, hide, keep_first
 from training.decoder import add_decoder_arguments, open_decoder
 from training.options import command_line, underscored
 
@@ -33,7 +35,10 @@ def parser() -> ArgumentParser:
     made.add_argument("--data", type=str | None, default=None, help="Or a data set, of which split val is read.")
     made.add_argument("--root", type=str | None, default=None, help="Folder of the data set, where it is not built in.")
     made.add_argument("--item", type=int, default=0, help="Number of the picture in the data set.")
-    made.add_argument("--box", type=int, nargs=4, required=True, help="Top, left, height, width in pixels: made anew.")
+    made.add_argument("--box", type=int, nargs=4, default=None, help="Top, left, height, width in pixels: made anew.")
+    made.add_argument(
+        "--keep-first", type=int | None, default=None, help="Or how many first tokens stay, for a layout."
+    )
     made.add_argument("--outside", type=bool, default=False, help="Make anew what is outside the box instead.")
     made.add_argument("--label", type=int | None, default=None, help="Class id to show. Default: the data set's.")
     made.add_argument("--samples", type=int, default=6, help="Edited versions.")
@@ -52,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cli.error("give --picture FILE or --data NAME")
     if options.picture is not None and options.label is None:
         cli.error("a picture file has no class: give --label")
+    if (options.box is None) == (options.keep_first is None):
+        cli.error("give --box TOP LEFT HEIGHT WIDTH or --keep-first N")
     device = torch.device(options.device or Accelerator(cpu=options.device == "cpu").device)
     decoder = open_decoder(cli, words, device)
     generator, tokenizer = decoder.generator, decoder.tokenizer
@@ -59,18 +66,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     image, label = read(options.picture, options.data, options.root, options.item, height)
     label = torch.tensor([label if options.label is None else options.label])
     check_labels(label, decoder.num_classes)
+    images = image.to(device).expand(options.samples, -1, -1, -1)
+    condition = Condition(label=label.to(device).expand(options.samples))
+    noise = Noise(decoder.seed, torch.arange(options.samples, device=device))
+    about = (condition, decoder.sampler, noise)
     try:
-        hidden = box_mask(height, width, tuple(options.box)) ^ options.outside
+        if options.box is None:
+            given = [images[:1]]
+            made = keep_first(generator, tokenizer, images, options.keep_first, *about)
+        else:
+            hidden = (box_mask(height, width, tuple(options.box)) ^ options.outside).to(device)
+            given = [images[:1], hide(images[:1], hidden)]
+            made = edit(generator, tokenizer, images, hidden, *about, options.overlap)
     except ValueError as error:
         cli.error(str(error))
-    images, hidden = image.to(device).expand(options.samples, -1, -1, -1), hidden.to(device)
-    index = torch.arange(options.samples, device=device)
-    condition = Condition(label=label.to(device).expand(options.samples))
-    noise = Noise(decoder.seed, index)
-    made = edit(generator, tokenizer, images, hidden, condition, decoder.sampler, noise, options.overlap)
-    shown = torch.cat((images[:1], hide(images[:1], hidden), made)).cpu()
+    shown = torch.cat((*given, made)).cpu()
     save_grid(shown, options.out, columns=len(shown))
-    print(f"{options.out}: the picture, what is given of it, {options.samples} edited versions of class {int(label)}")
+    what = "the picture, " + "what is given of it, " * (len(given) - 1)
+    print(f"{options.out}: {what}{options.samples} edited versions of class {int(label)}")
 
 
 def read(picture: str | None, data: str | None, root: str | None, item: int, size: int) -> tuple[Tensor, int | None]:

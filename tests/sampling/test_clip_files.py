@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sampling.clip_files import save_clips
+from sampling.clip_files import LETTERS, save_clips
 
 
 @pytest.fixture
@@ -65,6 +65,22 @@ def test_a_filmstrip_is_a_row_a_clip_frames_from_left_to_right(tmp_path: Path) -
             wanted = (clips[row, :, time] * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
             assert np.array_equal(cell, wanted.repeat(2, 0).repeat(2, 1))
     assert (strip[::13] == 255).all() and (strip[:, ::11] == 255).all()
+
+
+def test_names_are_written_above_the_frames_they_name(clips: torch.Tensor, tmp_path: Path) -> None:
+    """In a filmstrip above every column, in a film one at a time; the pictures stay what they are."""
+    names = [str(n) for n in range(5)]
+    for ending in ("png", "gif"):
+        save_clips(tmp_path / f"plain.{ending}", clips, scale=2)
+        save_clips(tmp_path / f"named.{ending}", clips, scale=2, names=names)
+    plain, named = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")) for name in ("plain", "named"))
+    height = named.shape[0] - plain.shape[0]
+    assert height > LETTERS and np.array_equal(named[height:], plain)
+    written = named[:height, 2:].reshape(height, 5, 36, 3)
+    assert all((written[:, place] < 128).any() for place in range(5)) and (written[:, :, 20:] == 255).all()
+    assert len({written[:, place].tobytes() for place in range(5)}) == 5
+    frames, films = film(tmp_path / "plain.gif"), film(tmp_path / "named.gif")
+    assert np.array_equal(films[:, height:], frames) and len({frame[:height].tobytes() for frame in films}) == 5
 
 
 def test_what_cannot_be_written_is_named_and_leaves_what_was_there(

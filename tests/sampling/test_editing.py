@@ -9,7 +9,7 @@ from generators.next_scale import NextScale
 from layers.noise import Noise
 from layers.pyramid import ScaleReader
 from layers.spec import Condition, Grid, Pyramid, Sequence, TokenSpec
-from sampling.editing import box_mask, cells_to_make, edit, hide
+from sampling.editing import box_mask, cells_to_make, edit, hide, keep_first
 from sampling.sampler import Sampler
 
 SIZES = ((1, 1), (2, 2), (4, 4))
@@ -64,3 +64,21 @@ def test_an_edit_keeps_the_pixels_outside_and_sees_nothing_of_those_inside() -> 
     other = torch.where(hidden, torch.rand(2, 3, 8, 8), images)
     assert torch.equal(edit(model, coder, other, *given[3:]), made)
     assert torch.equal(hide(images, hidden)[..., ~hidden], images[..., ~hidden])
+
+
+def test_the_first_tokens_of_a_picture_stay_and_the_others_are_drawn_after_them() -> None:
+    torch.manual_seed(0)
+    reader = ScaleReader(SIZES, 16, 4)
+    reader.codebook.normal_()
+    spec = TokenSpec(Pyramid(SIZES), decoded=(1, 8, 8), vocab_size=16)
+    model, coder = NextScale(spec, reader, dim=16, depth=1, heads=2, num_classes=3).double().eval(), Coder()
+    coder.decode = lambda tokens: tokens
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    about = Condition(label=torch.tensor([0, 2])), Sampler(), Noise(0, torch.arange(2))
+    tokens = coder.encode(images)
+    assert torch.equal(keep_first(model, coder, images, 21, *about), tokens)
+    some = keep_first(model, coder, images, 5, *about)
+    assert torch.equal(some[:, :5], tokens[:, :5])
+    assert not torch.equal(some[:, 5:], tokens[:, 5:])
+    with pytest.raises(ValueError, match="22 first tokens are to stay, a picture has 21"):
+        keep_first(model, coder, images, 22, *about)

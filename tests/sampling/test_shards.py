@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -58,6 +59,25 @@ def test_a_folder_holds_a_png_a_sample(tmp_path: Path) -> None:
         np.asarray(Image.open(tmp_path / "pictures/000017.png")), picture(torch.tensor([17]))[0].numpy()
     )
     assert json.loads((tmp_path / "pictures/labels.json").read_text()) == LABELS.tolist()
+
+
+def test_clips_become_an_npz_or_a_folder_of_films(tmp_path: Path) -> None:
+    for out in (tmp_path / "clips.npz", tmp_path / "clips"):
+        made = Shards(out, LABELS, 4, SETTINGS, fps=5)
+        made.begin()
+        for index in made.missing():
+            made.write(index, (10 * index)[:, None, None, None, None].expand(-1, 3, 16, 16, 3).to(torch.uint8))
+        made.finish({})
+    array = np.load(tmp_path / "clips.npz")["arr_0"]
+    assert array.shape == (23, 3, 16, 16, 3) and array[:, 0, 0, 0, 0].tolist() == [10 * i for i in range(23)]
+    for number in (0, 17):
+        with av.open(tmp_path / f"clips/{number:06d}.mp4") as container:
+            assert container.streams.video[0].average_rate == 5
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert len(frames) == 3 and np.abs(np.stack(frames).astype(int) - 10 * number).max() <= 2
+    odd = Shards(tmp_path / "odd", LABELS, 4, SETTINGS)
+    with pytest.raises(SampleError, match=r"an MP4 has even sides, the clips are \(15, 16\); give NAME\.npz"):
+        odd.write(torch.arange(4), torch.zeros(4, 3, 15, 16, 3, dtype=torch.uint8))
 
 
 def test_other_settings_and_finished_files_are_refused(tmp_path: Path) -> None:
