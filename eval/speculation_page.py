@@ -229,7 +229,8 @@ def _cost_figure(found: Comparison) -> Figure:
 
 
 def _cost_note(found: Comparison) -> str:
-    told = ", ".join(f"t({length}) = {found.cost.relative(length):.1f} t(1)" for length in (4, 16, 64))
+    measured = sorted({length for curve in found.cost.seconds.values() for length in curve if length > 1})
+    told = ", ".join(f"t({length}) = {found.cost.relative(length):.1f} t(1)" for length in measured)
     steps = "; ".join(
         f"a step of the {name} drafter costs {seconds / found.cost.at(1):.2f} of a call"
         for name, seconds in found.draft_steps.items()
