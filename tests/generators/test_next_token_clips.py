@@ -105,5 +105,5 @@ def test_refusals_name_both_sides() -> None:
         ValueError, match=r"num_classes or text_dim or clip_tokens, one of them: got .*'num_classes': 5"
     ):
         randomised(num_classes=5, clip_tokens=4)
-    with pytest.raises(ValueError, match="positions is 'absolute', must be rotary, learned or sincos"):
+    with pytest.raises(ValueError, match="positions is 'absolute', must be rotary, rotary_line, learned or sincos"):
         randomised(num_classes=5, positions="absolute")
