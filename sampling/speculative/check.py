@@ -52,8 +52,8 @@ def small_drafter(seed: int, target: NextToken) -> Drafter:
 
 def _random(module: nn.Module, seed: int) -> nn.Module:
     draw = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        if parameter.dim() > 1:  # norms stay as they are
+    for name, parameter in module.named_parameters():
+        if parameter.dim() > 1 or name.endswith("bias"):  # norms stay as they are
             parameter.data.copy_(0.7 * torch.randn(parameter.shape, generator=draw, dtype=parameter.dtype))
     return module.eval()
 

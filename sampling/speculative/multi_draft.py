@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sampling.sampler import inverse_cdf
 from sampling.speculative.acceptance import normalised, pick, ratio, residual
@@ -117,6 +116,11 @@ def draw_without_replacement(q: Tensor, u: Tensor) -> Tensor:
 def conditional_probs(q: Tensor, drawn: Tensor) -> Tensor:
     """q (..., V), drawn int64 (..., k) without replacement -> (..., k): q of each given those before it, in [0, 1];
     0 where those before it left nothing."""
-    mass = q.gather(-1, drawn)
-    left = 1 - F.pad(mass.cumsum(-1)[..., :-1], (1, 0))
-    return torch.where(left > 0, mass / left, 0).clamp(0, 1)
+    probs = []
+    for token in drawn.split(
+        1, dim=-1
+    ):  # the mass that is left is summed, not taken from 1: little of it has no digits there
+        left = q.sum(-1, keepdim=True)
+        probs.append(torch.where(left > 0, q.gather(-1, token) / left, 0))
+        q = q.scatter(-1, token, 0)
+    return torch.cat(probs, dim=-1)
